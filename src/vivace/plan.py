@@ -1,0 +1,142 @@
+"""A plan says which techniques run: a small TOML file, resolved once, refused with a reason."""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vivace.errors import BadFile, IncompatibleTechniques, UnknownTechnique, UserError, nearest
+from vivace.registry import Seam, Technique, seams
+from vivace.types import Change, Exactness, Need
+
+__all__ = ["DEFAULTS", "Plan", "ResolvedPlan", "resolve"]
+
+# What runs where a plan is silent. Storage formats follow the checkpoint: see `LLM`.
+DEFAULTS: Mapping[str, str] = {
+    "weight_formats": "float32",
+    "kv_stores": "float32",
+    "schedulers": "chunked",
+    "decoders": "autoregressive",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Names and options per seam; `measured` records where it was measured, as plain data."""
+
+    choices: Mapping[str, tuple[tuple[str, Mapping[str, Any]], ...]] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(**choices: str | Mapping[str, Any]) -> Plan:
+        """`Plan.of(schedulers={"name": "chunked", "chunk_size": 64}, kv_stores="bfloat16")`."""
+        return Plan.from_dict(choices)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Plan:
+        choices = {}
+        for seam, value in data.items():
+            if seam == "measured":
+                continue
+            items = value if isinstance(value, list) else [value]
+            choices[seam] = tuple(_choice(seam, item) for item in items)
+        return Plan(choices, data.get("measured", {}))
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan. Raises `BadFile` if it cannot be read or is not TOML."""
+        try:
+            return Plan.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise BadFile(
+                f"plan {path}: {error}: expected a TOML file with a table per seam"
+            ) from error
+
+    def with_defaults(self, defaults: Mapping[str, str]) -> Plan:
+        missing = {seam: ((name, {}),) for seam, name in defaults.items()}
+        return Plan(missing | dict(self.choices), self.measured)
+
+
+def _choice(seam: str, item: Any) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(item, str):
+        return item, {}
+    if isinstance(item, Mapping) and isinstance(item.get("name"), str):
+        return item["name"], {key: value for key, value in item.items() if key != "name"}
+    raise BadFile(f'plan: [{seam}] needs name = "..." beside its options, not {item!r}')
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedPlan:
+    """Configured techniques per seam, checked against one another."""
+
+    techniques: Mapping[str, tuple[Technique, ...]]
+
+    def one(self, seam: str) -> Any:
+        """The technique of a seam that holds exactly one."""
+        (technique,) = self.techniques[seam]
+        return technique
+
+    @property
+    def exactness(self) -> Exactness:
+        """A plan is as exact as its worst part."""
+        return max((t.exactness for t in self._all()), key=lambda e: e.rank)
+
+    def _all(self) -> Iterable[Technique]:
+        return itertools.chain.from_iterable(self.techniques.values())
+
+
+# Seams where one technique runs at a time; others stack.
+_SINGLE = frozenset({"weight_formats", "kv_stores", "schedulers", "decoders"})
+
+# What one technique needs that another takes away.
+_CONFLICTS: tuple[tuple[Need, Change, str], ...] = (
+    (Need.ALL_ROWS, Change.ROWS, "it must see every row, and the other skips rows"),
+    (Need.ALL_ROWS, Change.EXPERTS, "it must see every row's experts, and the other skips some"),
+    (Need.ATTENTION_SUMS, Change.ATTENTION_MATH, "the other attends without softmax weights"),
+    (Need.ATTENTION_SUMS, Change.READ_SET, "the other reads only some entries"),
+    (Need.KEYS, Change.KV_MERGE, "the other merges the keys it reads"),
+    (Need.WHOLE_PROMPT, Change.PROMPT, "it needs the whole prompt, and the other rewrites it"),
+    (Need.ALIGNED_CHUNKS, Change.ORDER, "it needs aligned chunks, and the other reorders rows"),
+)
+# What must never cost quality.
+_NEVER_LOSSY = frozenset({Change.ORDER, Change.RESIDENCY, Change.STEP_TOKENS})
+# What two techniques may not both change.
+_EXCLUSIVE = frozenset({Change.ACCEPT, Change.ATTENTION_MATH, Change.KV_BYTES, Change.PROMPT})
+
+
+def resolve(plan: Plan, available: Mapping[str, Seam] | None = None) -> ResolvedPlan:
+    """Make and check a plan's techniques.
+
+    Raises `UnknownTechnique`, `UnknownOption`, `InvalidOption`, `IncompatibleTechniques`.
+    """
+    available = seams() if available is None else available
+    made: dict[str, tuple[Technique, ...]] = {}
+    for seam, choices in plan.choices.items():
+        if seam not in available:
+            raise UnknownTechnique(f"plan: no seam '{seam}': {nearest(seam, available)}")
+        if seam in _SINGLE and len(choices) != 1:
+            raise UserError(f"plan: [{seam}] takes one technique, not {len(choices)}")
+        made[seam] = tuple(available[seam].create(name, **options) for name, options in choices)
+    labelled = [(f"{s}.{t.name}", t) for s, items in made.items() for t in items]
+    for label, technique in labelled:
+        for change in sorted(technique.changes & _NEVER_LOSSY):
+            if technique.exactness is Exactness.LOSSY:
+                raise IncompatibleTechniques(
+                    label, "any plan", f"it is lossy and changes {change}, which must not be"
+                )
+    for (label_a, a), (label_b, b) in itertools.combinations(labelled, 2):
+        _check_pair(label_a, a, label_b, b)
+        _check_pair(label_b, b, label_a, a)
+        for change in sorted(a.changes & b.changes & _EXCLUSIVE):
+            raise IncompatibleTechniques(label_a, label_b, f"both change {change}")
+    return ResolvedPlan(made)
+
+
+def _check_pair(needing: str, a: Technique, changing: str, b: Technique) -> None:
+    for need, change, reason in _CONFLICTS:
+        if need in a.needs and change in b.changes:
+            raise IncompatibleTechniques(needing, changing, reason)

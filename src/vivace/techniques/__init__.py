@@ -1,0 +1,1 @@
+"""Techniques: one folder per seam, one file per technique."""

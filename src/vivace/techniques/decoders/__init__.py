@@ -1,0 +1,1 @@
+"""From progress to rows, from outputs to progress."""
