@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Public names are imported on first use: `vivace --help` must not load numpy."""
     if name == "__version__":
+        from importlib import metadata
+
         return metadata.version("vivace")
     if name in _HOMES:
         import importlib

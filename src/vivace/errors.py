@@ -14,6 +14,7 @@ VivaceError                     exit code 1
 │  │  └─ PromptTooLong          more tokens than the context holds
 │  └─ TemplateError             a chat template is missing, fails or is refused
 ├─ OutOfBlocks                  the cache cannot hold the request even alone
+├─ QueueFull                    the engine holds as many requests as it may: try again later
 ├─ MissingDependency            an extra is not installed
 └─ NativeError                  the native core refused a call or failed
 """
@@ -34,6 +35,7 @@ __all__ = [
     "NativeError",
     "OutOfBlocks",
     "PromptTooLong",
+    "QueueFull",
     "TemplateError",
     "UnknownOption",
     "UnknownTechnique",
@@ -95,10 +97,11 @@ class InvalidRequest(UserError):
 
 
 class PromptTooLong(InvalidRequest):
-    def __init__(self, num_tokens: int, limit: int) -> None:
+    def __init__(self, num_tokens: int, limit: int, is_estimate: bool = False) -> None:
+        about = "about " if is_estimate else ""
         super().__init__(
-            f"the prompt has {num_tokens} tokens but the context holds {limit} including at least "
-            "one new token: shorten the prompt or raise the context"
+            f"the prompt has {about}{num_tokens} tokens but the context holds {limit} including "
+            "at least one new token: shorten the prompt or raise the context"
         )
         self.num_tokens, self.limit = num_tokens, limit
 
@@ -109,6 +112,14 @@ class TemplateError(UserError):
 
 class OutOfBlocks(VivaceError):
     pass
+
+
+class QueueFull(VivaceError):
+    def __init__(self, num_requests: int, num_tokens: int) -> None:
+        super().__init__(
+            f"the engine already holds {num_requests} requests with {num_tokens} prompt tokens: "
+            "try again when some have finished"
+        )
 
 
 class MissingDependency(VivaceError):

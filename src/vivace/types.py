@@ -259,6 +259,7 @@ class Executor(Protocol):
     """Runs the block list. One instance holds one model's weights and key/value storage."""
 
     graph: ModelGraph
+    merge_entries: int  # attention merges runs of so many entries, from a segment's first on
 
     def allocate(self, num_blocks: Sequence[int], block_size: int) -> None:
         """(Re)allocate the cache: `num_blocks[g]` blocks for layer group g."""
@@ -304,7 +305,16 @@ class InputSegment:
 
     @staticmethod
     def tokens(token_ids: Sequence[int]) -> InputSegment:
-        return InputSegment(InputKind.TOKENS, np.asarray(token_ids, np.int32))
+        """Raises `InvalidRequest` for anything but a list of whole numbers of 32 bits."""
+        try:
+            data = np.asarray(token_ids)
+        except ValueError:  # lists of unequal lengths
+            data = np.asarray(None)
+        is_whole = data.dtype.kind in "iu" or data.shape == (0,)
+        if data.ndim != 1 or not is_whole or not np.array_equal(data, data.astype(np.int32)):
+            shown = repr(token_ids)[:60]
+            raise InvalidRequest(f"the tokens are {shown}: expected a list of whole token ids")
+        return InputSegment(InputKind.TOKENS, data.astype(np.int32))
 
     @property
     def num_rows(self) -> int:
@@ -454,8 +464,8 @@ class SamplingParams:
             if value is None and optional:
                 continue
             wanted = f"a whole number from {low} to {high}" + (" or None" if optional else "")
-            is_int = isinstance(value, int) and not isinstance(value, bool)
-            _check(is_int and low <= value <= high, name, value, wanted)
+            is_inside = isinstance(value, int) and low <= value <= high
+            _check(is_inside and not isinstance(value, bool), name, value, wanted)
         for item in self.stop:
             _check(isinstance(item, str) and item != "", "stop", item, "non-empty strings")
         for item in self.stop_token_ids:
@@ -511,8 +521,9 @@ def _check(condition: bool, name: str, value: object, wanted: str) -> None:
 
 
 def _check_number(name: str, value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    _check(is_number and math.isfinite(value), name, value, "a finite number")  # type: ignore[arg-type]
+    # Not math.isfinite, which fails for whole numbers beyond the floats.
+    is_finite = isinstance(value, int | float) and value == value and abs(value) != math.inf
+    _check(is_finite and not isinstance(value, bool), name, value, "a finite number")
 
 
 assert {name for name, *_ in (*_FLOAT_RANGES, *_INT_RANGES)} <= {

@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from array_api_compat import array_namespace
 
 from vivace.blocks import LayerGroup
 from vivace.techniques.kv_stores.base import KVLayout, KVStore
@@ -31,6 +32,5 @@ class PlainStore(KVStore):
     def stored(self, array: Any) -> Any:
         if isinstance(array, np.ndarray):
             return array.astype(self._dtype).astype(np.float32)
-        import torch  # the array is a torch tensor: torch is loaded already
-
-        return array.to(getattr(torch, self.storage)).float()
+        xp = array_namespace(array)
+        return xp.astype(xp.astype(array, getattr(xp, self.storage)), xp.float32)

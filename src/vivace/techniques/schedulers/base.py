@@ -1,7 +1,8 @@
 """Schedulers: which streams run in a step, and with how many rows each.
 
 A scheduler is pure policy. It sees views, never requests or blocks; the scheduler core
-(`vivace.engine.scheduler`) checks its answer against demands, budget and blocks.
+(`vivace.engine.scheduler`) checks its answer against demands, budget and blocks. The unit is the
+stream: one choice of a request, or one branch.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ __all__ = ["Budget", "Scheduler", "StreamView", "WaitingView"]
 
 @dataclass(frozen=True, slots=True)
 class WaitingView:
-    """A request that waits for admission; `arrival` is a counter, lower is earlier."""
+    """A stream that waits for admission; `arrival` is a counter, lower is earlier."""
 
-    request_id: int
+    stream_id: int
     arrival: int
-    num_tokens: int  # tokens to compute before it generates
-    num_cached_tokens: int  # of those, found in the prefix cache
+    age_steps: int  # since it arrived
+    num_tokens: int  # known so far, prompt and output
     is_preempted: bool
     signals: Signals
 
@@ -33,8 +34,8 @@ class StreamView:
     """A running stream: what it wants next and how far it is."""
 
     stream_id: int
-    request_id: int
     arrival: int
+    age_steps: int
     demand: Demand
     is_prefill: bool  # rows remain before the first new token
     num_computed_tokens: int
@@ -52,15 +53,21 @@ class Budget:
 class Scheduler(Technique):
     @abstractmethod
     def admit(self, waiting: Sequence[WaitingView], num_running: int, budget: Budget) -> list[int]:
-        """Request ids to try to admit, in order; the core stops at the first that does not fit."""
+        """Stream ids to try to admit, in order; the core stops at the first that does not fit."""
 
     @abstractmethod
     def schedule(self, views: Sequence[StreamView], budget: Budget) -> Mapping[int, int]:
-        """Rows per stream id; absent means none. Sum <= budget.max_rows, demands respected."""
+        """Rows per stream id, most urgent first; absent means none.
+
+        The sum is at most `budget.max_rows`, demands are respected, and some stream runs.
+        """
 
     @abstractmethod
     def preempt(self, views: Sequence[StreamView], need_blocks: int) -> list[int]:
-        """Request ids to preempt, in order, until `need_blocks` are free. Never empty for views."""
+        """Stream ids to preempt, in order, until `need_blocks` are free.
+
+        For progress the same stream must stay last from step to step until it ends.
+        """
 
     def on_step(self, num_rows: int, seconds: float) -> None:
         """Told after each step, for schedulers that learn costs."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from array_api_compat import array_namespace
 
 from vivace.errors import BadFile
 from vivace.techniques.weight_formats.base import Grid, WeightFormat, widen
@@ -55,9 +56,8 @@ class PlainFormat(WeightFormat):
     def _round(self, x: Any) -> Any:
         if isinstance(x, np.ndarray):
             return x.astype(self._dtype)
-        import torch  # the array is a torch tensor: torch is loaded already
-
-        return x.to(getattr(torch, self.storage))
+        xp = array_namespace(x)
+        return xp.astype(x, getattr(xp, self.storage))
 
     def rows(self, buffer: Any, index: Any) -> Any:
         return widen(buffer[index])

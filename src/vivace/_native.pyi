@@ -1,0 +1,223 @@
+"""The native core: runs a bound block list, draws tokens. Errors are `vivace.errors.NativeError`.
+
+Arrays are C-contiguous numpy arrays; weights of 16-bit formats are passed as their bits (uint16).
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vivace.blocks import AttentionBlock, HeadSpec, MlpBlock
+
+_Floats = NDArray[np.float32]
+_Int32 = NDArray[np.int32]
+_Int64 = NDArray[np.int64]
+_Bound = tuple[np.ndarray, np.ndarray | None]  # a weight and its bias
+
+class Program:
+    """The block list bound to buffers. Keeps the arrays that it was given alive.
+
+    Build order: ropes, groups, embedding, blocks in execution order, head.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        weight_kernel: str,
+        kv_kernel: str,
+        threads: int | None,
+        isa: str | None,
+    ) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def num_threads(self) -> int: ...
+    def is_finite(self, weights: np.ndarray) -> bool:
+        """Whether a packed matrix holds neither NaN nor infinity."""
+
+    def set_rope(self, index: int, cos: _Floats, sin: _Floats, is_interleaved: bool) -> None:
+        """Tables [num_positions, rotary_dim/2]; may be replaced by longer ones."""
+
+    def add_group(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None: ...
+    def set_embedding(
+        self, weight: np.ndarray, scale: float, positions: np.ndarray | None
+    ) -> None: ...
+    def set_head(self, spec: HeadSpec, linear: Sequence[_Bound], norm: _Bound | None) -> None: ...
+    def add_attention(
+        self,
+        spec: AttentionBlock,
+        qkv: Sequence[_Bound],
+        out: Sequence[_Bound],
+        norm: _Bound | None,
+        post_norm: _Bound | None,
+        q_norm: _Bound | None,
+        k_norm: _Bound | None,
+        sinks: _Floats | None,
+    ) -> None: ...
+    def add_mlp(
+        self,
+        spec: MlpBlock,
+        gate_up: Sequence[_Bound],
+        down: Sequence[_Bound],
+        norm: _Bound | None,
+        post_norm: _Bound | None,
+    ) -> None: ...
+    def set_site(self, block_index: int, site: Callable[[_Floats], None] | None) -> None: ...
+    def allocate(self, num_blocks: Sequence[int], block_size: int) -> None:
+        """(Re)allocate the cache, one count per layer group. Pages are taken when written."""
+
+    def copy_blocks(self, group: int, sources: _Int32, targets: _Int32) -> None: ...
+    def read_blocks(self, group: int, block_ids: _Int32) -> NDArray[np.uint8]: ...
+    def write_blocks(self, group: int, block_ids: _Int32, raw: NDArray[np.uint8]) -> None: ...
+    def fill_cache(self, byte: int) -> None: ...
+    def run(
+        self,
+        tokens: _Int32,
+        positions: _Int32,
+        embeddings: tuple[_Int32, _Floats] | None,
+        groups: list[tuple[np.ndarray, ...]],
+        logits_rows: _Int32,
+        logits: _Floats,
+        hidden: list[tuple[int, _Int32, _Floats]],
+        top: tuple[_Int32, _Floats] | None,
+        sums: _Floats | None,
+        first_block: int,
+        last_block: int,
+        cancel: _Int32,
+    ) -> bool:
+        """One step; fills `logits`, `hidden`, `top` and `sums`. Returns True if cancelled.
+
+        Raises:
+            NativeError: the step does not fit (nothing was written), or keys or values are not
+                finite. The program can be used on.
+        """
+
+_LogProbs = tuple[_Floats, _Int32, _Floats]  # of the token [R]; top ids and values [R, n]
+
+def sample(
+    logits: _Floats,
+    options: NDArray[np.float64],
+    keys: NDArray[np.uint64],
+    history: tuple[_Int64, _Int64, _Int32] | None = None,
+    bias: tuple[_Int64, _Int32, _Floats] | None = None,
+    forbidden: tuple[_Int64, _Int32] | None = None,
+    num_logprobs: int | None = None,
+    threads: int = 1,
+) -> tuple[_Int32, _LogProbs | None]:
+    """Draw a token per row of `logits` [R, V].
+
+    Args:
+        options: [R, 8]: repetition_penalty, presence_penalty, frequency_penalty, temperature,
+            typical_p, top_p, min_p, top_k (0: off), as in `SamplingParams`.
+        keys: [R, 4]: seed, stream, position, purpose of each row's `RandomKey`.
+        history: (offsets [R + 1], prompt lengths [R], ids): tokens so far of the rows with
+            penalties, the prompt's first; a row without has an empty range. Repetition counts all,
+            presence and frequency only those after the prompt.
+        bias: (offsets [R + 1], ids, values), added after the penalties.
+        forbidden: (offsets [R + 1], ids): never drawn.
+        num_logprobs: also return log-probabilities under the raw logits, of the drawn tokens and of
+            so many of the largest logits; None: none.
+        threads: rows run in parallel on the pool that executors with so many threads share.
+    Raises:
+        NativeError: logits are NaN or infinite, or every token of a row is forbidden.
+    """
+
+def log_probs(
+    logits: _Floats, targets: _Int32, num_logprobs: int = 0, threads: int = 1
+) -> _LogProbs:
+    """Log-probabilities of `targets` [R], and of the `num_logprobs` largest logits per row."""
+
+# ------------------------------------------------------------ single kernels, for tests
+
+class Attention:
+    """One layer's cache of keys and values, and attention over it."""
+
+    def __init__(
+        self,
+        kv_kernel: str,
+        num_kv_heads: int,
+        head_dim: int,
+        num_blocks: int,
+        block_size: int,
+        isa: str | None = None,
+        threads: int = 1,
+    ) -> None: ...
+    def fill(self, byte: int) -> None: ...
+    def write(self, slots: _Int64, keys: _Floats, values: _Floats) -> None:
+        """Keys and values [n, num_kv_heads, head_dim]."""
+
+    def __call__(
+        self,
+        queries: _Floats,
+        positions: _Int32,
+        group: tuple[np.ndarray, ...],
+        scale: float,
+        soft_cap: float = 0.0,
+        sinks: _Floats | None = None,
+        wants_sums: bool = False,
+    ) -> tuple[_Floats, _Floats, _Floats]:
+        """Attend with queries [n, num_heads, head_dim]; `group` is what `flatten` gives.
+
+        Returns out, like the queries; its log-sum-exp [n, num_heads]; and if wanted the weights
+        summed over each span's rows, [num_heads, entries] after one another.
+        """
+
+def norm(
+    x: _Floats,
+    kind: str,
+    weight: _Floats,
+    bias: _Floats | None,
+    eps: float,
+    isa: str | None = None,
+) -> _Floats: ...
+def activate(
+    activation: str, gate: _Floats, up: _Floats | None = None, isa: str | None = None
+) -> _Floats: ...
+def rotate(
+    heads: _Floats, cos: _Floats, sin: _Floats, is_interleaved: bool, isa: str | None = None
+) -> _Floats: ...
+def soft_cap(x: _Floats, cap: float, scale: float, isa: str | None = None) -> _Floats: ...
+def softmax_parts(
+    x: _Floats, scale: float, isa: str | None = None
+) -> tuple[_Floats, _Floats, float]:
+    """exp((x - max) * scale), its sums by 64 elements, and max."""
+
+# ------------------------------------------------------------ the machine and its kernels
+
+class Linear:
+    """One linear group on its own, for tests and benchmarks. Weights are bytes."""
+
+    def __init__(
+        self,
+        format: str,
+        in_features: int,
+        weights: Sequence[NDArray[np.uint8]],
+        biases: Sequence[_Floats | None],
+        isa: str = "",
+        threads: int = 1,
+    ) -> None: ...
+    def __call__(self, x: _Floats) -> _Floats:
+        """x [M, in_features] -> [M, out_features]."""
+
+def time_linears(linears: Sequence[Linear], num_rows: int, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` rounds through all of `linears`."""
+
+def isa_names() -> list[str]:
+    """Instruction sets that this machine can run, the best last."""
+
+def selected_isa() -> str:
+    """The instruction set that runs: the best, or what VIVACE_ISA says."""
+
+def default_threads() -> int:
+    """Processors that this process may use: its affinity mask, cut by its cgroup's quota."""
+
+def read_bandwidth(seconds: float = 1.0, threads: int = 0) -> float:
+    """Bytes per second of the best of several read loops over 256 MiB."""
+
+def peak_flops(kind: str, seconds: float = 0.5, threads: int = 0) -> float:
+    """Operations per second of a register-only loop: kind float32 or bfloat16."""
+
+def pool_counts(threads: int, items: int, jobs: int) -> list[int]:
+    """How often each item of a pool's jobs ran: [items], for tests."""

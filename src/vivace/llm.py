@@ -1,0 +1,637 @@
+"""The public Python API: a model, a plan, and the engine that runs one with the other."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from vivace.engine.admission import check_request
+from vivace.engine.engine import Engine
+from vivace.engine.request import Event, FinishReason, Request, TokenLogprob
+from vivace.engine.sampling import NativeSampler
+from vivace.errors import BadFile, InvalidOption, InvalidRequest, QueueFull
+from vivace.executors.native import NativeExecutor
+from vivace.models.loading import LoadedModel, load_model
+from vivace.plan import DEFAULTS, Plan, ResolvedPlan, resolve
+from vivace.types import InputSegment, RequestKind, SamplingParams
+
+if TYPE_CHECKING:
+    from vivace.blocks import ModelGraph
+    from vivace.engine.branch import Branch
+    from vivace.models.tokenizer import Tokenizer
+
+__all__ = ["LLM", "Choice", "Completion", "Delta", "Estimate", "Timing"]
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+_DEFAULT_CONTEXT = 8192  # tokens, where the model allows more: memory is for the user to spend
+_WORKING_BYTES = 120 * 10**6  # the program, and what a step needs beside weights and cache
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of a request went; prefill includes the wait for admission."""
+
+    num_prompt_tokens: int
+    num_tokens: int  # generated, over all choices
+    prefill_seconds: float  # arrival to first token
+    decode_seconds: float  # first token to the end
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.num_prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first, over the time they took; 0 if there are none."""
+        return (self.num_tokens - 1) / self.decode_seconds if self.num_tokens > 1 else 0.0
+
+
+@dataclass(slots=True)
+class Choice:
+    """One of the `n` answers to a prompt."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class Completion:
+    """The answer to a prompt; `text` and its neighbours are those of the first choice."""
+
+    prompt_token_ids: list[int]
+    choices: list[Choice]
+    prompt_logprobs: list[TokenLogprob] | None = None  # from the second prompt token on
+    timing: Timing = Timing(0, 0, 0.0, 0.0)
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        return self.choices[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.choices[0].finish_reason
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a step added to choice `index`; the last one of a choice says why it ended."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    timing: Timing | None = None  # with the last delta of all
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Memory a model and plan will need."""
+
+    weight_bytes: int
+    cache_bytes: int
+    working_bytes: int  # an upper bound
+    max_context: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes + self.working_bytes
+
+
+class LLM:
+    """A model that answers.
+
+    Methods may be called from several threads; their requests share the engine's steps.
+
+    Args:
+        model: a directory, `org/name` on the hub, or a shipped name.
+        plan: which techniques run: a `Plan`, or the path of a TOML file; `None`: the exact default.
+        weights: weight format, by name, or a table with its options; over what the plan says.
+        kv: likewise the key/value store. By default both follow the checkpoint's type.
+        threads: `None`: as many as this process may use.
+        max_context: tokens of a sequence; `None`: the model's, but at most 8,192.
+        cache_bytes: memory for keys and values; `None`: what two whole contexts need.
+        isa: instruction set, at most what the machine has; `None`: the best one.
+    Raises:
+        ModelError: the model cannot be loaded.
+        UserError: the plan or an option is wrong.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "tiny",
+        plan: Plan | str | Path | None = None,
+        weights: str | Mapping[str, Any] | None = None,
+        kv: str | Mapping[str, Any] | None = None,
+        threads: int | None = None,
+        max_context: int | None = None,
+        cache_bytes: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        self.model: LoadedModel = load_model(model)
+        _check_whole("threads", threads, 1024)
+        _check_whole("cache_bytes", cache_bytes, 2**60)
+        self.plan = _resolve(self.model, plan, weights, kv)
+        self.max_context = _context(self.graph, max_context)
+        executor = NativeExecutor(
+            self.graph,
+            self.model.weights,
+            self.plan.one("weight_formats"),
+            self.plan.one("kv_stores"),
+            threads=threads,
+            isa=isa,
+            max_positions=self.max_context,
+        )
+        self.engine = Engine(
+            executor,
+            self.plan,
+            sampler=NativeSampler(executor),
+            detokenizer=(lambda before: self.tokenizer.detokenizer(before))
+            if self.model.has_tokenizer
+            else None,
+            eos_ids=sorted(self.model.eos_token_ids),
+            max_context=self.max_context,
+            cache_bytes=cache_bytes,
+        )
+
+    # ------------------------------------------------------------ what it is
+
+    @property
+    def graph(self) -> ModelGraph:
+        return self.model.graph
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all matrices as the plan stores them, a tied head counted once."""
+        return _weight_bytes(self.model, self.plan)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.engine.cache_bytes
+
+    @staticmethod
+    def estimate(
+        model: str | Path = "tiny",
+        plan: Plan | str | Path | None = None,
+        weights: str | Mapping[str, Any] | None = None,
+        kv: str | Mapping[str, Any] | None = None,
+        max_context: int | None = None,
+        cache_bytes: int | None = None,
+    ) -> Estimate:
+        """The memory an `LLM` of these arguments will need; reads headers, no weights."""
+        loaded = load_model(model)
+        resolved = _resolve(loaded, plan, weights, kv)
+        context = _context(loaded.graph, max_context)
+        if cache_bytes is None:
+            store = resolved.one("kv_stores")
+            per_token = sum(store.layout(group).bytes_per_token for group in loaded.graph.groups)
+            cache_bytes = 2 * context * per_token
+        weight_bytes = _weight_bytes(loaded, resolved)
+        return Estimate(weight_bytes, cache_bytes, _WORKING_BYTES, context)
+
+    def default_params(self) -> SamplingParams:
+        """What the checkpoint's generation config recommends."""
+        config = self.model.generation_config.values
+        if config.get("do_sample") is False:
+            return SamplingParams(temperature=0)
+        names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+        try:
+            return SamplingParams(**{n: config[n] for n in names if config.get(n) is not None})
+        except InvalidRequest as error:
+            raise BadFile(f"{self.model.generation_config.source}: {error}") from error
+
+    def close(self) -> None:
+        """End all requests and take no more; the memory goes with this object."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ answers
+
+    @overload
+    def generate(self, prompts: Prompt, params: SamplingParams | None = None) -> Completion: ...
+    @overload
+    def generate(
+        self, prompts: list[Prompt], params: SamplingParams | None = None
+    ) -> list[Completion]: ...
+    def generate(self, prompts: Any, params: SamplingParams | None = None) -> Any:
+        """Continue a prompt, or each of a list of them, as one batch.
+
+        A prompt is a text or a list of token ids. Raises `InvalidRequest`, `PromptTooLong`.
+        """
+        if _is_one(prompts):
+            return self._complete([self._encode(prompts)], params)[0]
+        return self._complete([self._encode(prompt) for prompt in prompts], params)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Completion:
+        """Answer a conversation: messages with `role` and `content`."""
+        return self._complete([self._encode_chat(messages, tools)], params)[0]
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        params: SamplingParams | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Generator[Delta]:
+        """The answer piece by piece. Closing the iterator cancels the request."""
+        request = self._request(self._prompt_or_chat(prompt, messages, tools), params)
+        collector = _Collector(request)
+        self._submit(request, collector)
+        try:
+            is_done = False
+            while not is_done:  # others may step the engine too, to the end
+                self.engine.step()
+                is_done = collector.is_done
+                yield from collector.take_deltas()
+        finally:
+            self._drop(collector)
+
+    async def agenerate(self, prompts: Any, params: SamplingParams | None = None) -> Any:
+        """`generate` without blocking the event loop."""
+        is_one = _is_one(prompts)
+        batch = [self._encode(p) for p in ([prompts] if is_one else prompts)]
+        done = await self._acomplete(batch, params)
+        return done[0] if is_one else done
+
+    async def achat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Completion:
+        """`chat` without blocking the event loop."""
+        return (await self._acomplete([self._encode_chat(messages, tools)], params))[0]
+
+    async def astream(
+        self,
+        prompt: Prompt | None = None,
+        params: SamplingParams | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> AsyncIterator[Delta]:
+        """`stream` without blocking the event loop."""
+        request = self._request(self._prompt_or_chat(prompt, messages, tools), params)
+        collector = _Collector(request)
+        async with aclosing(self.engine.driver.submit(request).events()) as events:
+            async for event in events:
+                collector.listen(event)
+                for delta in collector.take_deltas():
+                    yield delta
+
+    def branch(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        max_total_tokens: int | None = None,
+    ) -> Branch:
+        """A branch to search from: fork, extend, score and drop it; see `vivace.engine.branch`.
+
+        `max_total_tokens` bounds what the branch and all its forks generate together.
+        """
+        request = self._request(self._encode(prompt), params)
+        return self.engine.branch(request, max_total_tokens=max_total_tokens)
+
+    # ------------------------------------------------------------ measures
+
+    def score(self, prompt: Prompt, continuation: Prompt | None = None) -> list[TokenLogprob]:
+        """Log-probabilities of the continuation's tokens; without one, of the prompt's own
+        tokens from the second on."""
+        token_ids = self._encode(prompt)
+        first = 1
+        if continuation is not None:
+            first = len(token_ids)
+            is_text = isinstance(continuation, str)
+            token_ids = token_ids + (
+                self.tokenizer.encode(continuation, add_special=False)
+                if is_text
+                else _checked_ids(continuation)
+            )
+            if first == len(token_ids):
+                return []
+        event = self._run(Request.of(token_ids, kind=RequestKind.SCORE, first_scored=first))
+        assert event.prompt_logprobs is not None
+        return event.prompt_logprobs
+
+    def embed(self, text: Prompt) -> np.ndarray:
+        """The mean of the last hidden states after the final norm: [hidden_size] float32."""
+        event = self._run(Request.of(self._encode(text), kind=RequestKind.EMBED))
+        assert event.states is not None
+        return event.states
+
+    def hidden_states(self, prompt: Prompt, block: int | None = None) -> np.ndarray:
+        """States after a block, by default after the final norm: [num_tokens, hidden] float32."""
+        request = Request.of(self._encode(prompt), kind=RequestKind.HIDDEN, hidden_block=block)
+        event = self._run(request)
+        assert event.states is not None
+        return event.states
+
+    def logits(self, token_ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """The raw logits after each token but the last, in blocks of rows: [rows, vocab] float32.
+
+        Never more than a few rows are held at a time.
+        """
+        blocks: deque[np.ndarray] = deque()
+        request = Request.of(
+            _checked_ids(token_ids), kind=RequestKind.SCORE, on_logits=blocks.append
+        )
+        collector = _Collector(request)
+        self._submit(request, collector)
+        try:
+            is_done = False
+            while not is_done:
+                self.engine.step()
+                is_done = collector.is_done
+                while blocks:
+                    yield blocks.popleft()
+        finally:
+            self._drop(collector)
+        collector.check()
+
+    # ------------------------------------------------------------ inside
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return _checked_ids(prompt)
+        return self.tokenizer.encode(prompt, max_tokens=self.max_context)
+
+    def _encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        return self.tokenizer.encode_chat(messages, tools, max_tokens=self.max_context)
+
+    def _prompt_or_chat(
+        self,
+        prompt: Prompt | None,
+        messages: Sequence[Message] | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> list[int]:
+        if (prompt is None) == (messages is None):
+            raise InvalidRequest("give either a prompt or messages")
+        if messages is not None:
+            return self._encode_chat(messages, tools)
+        if tools is not None:
+            raise InvalidRequest("tools go with messages, not with a prompt")
+        assert prompt is not None
+        return self._encode(prompt)
+
+    def _request(self, token_ids: list[int], params: SamplingParams | None) -> Request:
+        params = self.default_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params is {params!r}: expected SamplingParams")
+        return Request.of(token_ids, params)
+
+    def _requests(
+        self, prompts: Sequence[list[int]], params: SamplingParams | None
+    ) -> list[Request]:
+        """All or none: a batch with a prompt that the engine refuses never starts."""
+        requests = [self._request(token_ids, params) for token_ids in prompts]
+        for request in requests:
+            check_request(self.engine, request, request.num_rows)
+        return requests
+
+    def _submit(self, request: Request, collector: _Collector) -> None:
+        collector.request_id = self.engine.add(request, collector.listen)
+
+    def _drop(self, *collectors: _Collector) -> None:
+        going = [c.request_id for c in collectors if c.request_id is not None and not c.is_done]
+        for request_id in going:
+            self.engine.cancel(request_id)
+        if going:
+            self.engine.step()
+
+    def _complete(
+        self, prompts: Sequence[list[int]], params: SamplingParams | None
+    ) -> list[Completion]:
+        requests = self._requests(prompts, params)
+        collectors = [_Collector(request) for request in requests]
+        waiting = deque(zip(requests, collectors, strict=True))
+        going: list[_Collector] = []
+        try:
+            while waiting or going:
+                self._feed(waiting, going)
+                self.engine.step()
+                going = [collector for collector in going if not collector.is_done]
+        finally:
+            self._drop(*collectors)
+        return [c.completion(p) for c, p in zip(collectors, prompts, strict=True)]
+
+    def _feed(self, waiting: deque[tuple[Request, _Collector]], going: list[_Collector]) -> None:
+        """Queue as much of a batch as fits; the rest waits for what is ahead of it."""
+        while waiting:
+            try:
+                self._submit(*waiting[0])
+            except QueueFull:
+                if not going:
+                    raise
+                return
+            going.append(waiting.popleft()[1])
+
+    async def _acomplete(
+        self, prompts: Sequence[list[int]], params: SamplingParams | None
+    ) -> list[Completion]:
+        requests = self._requests(prompts, params)
+        collectors = [_Collector(request) for request in requests]
+        work = iter(zip(requests, collectors, strict=True))
+
+        async def run_some() -> None:
+            for request, collector in work:
+                async with aclosing(self.engine.driver.submit(request).events()) as events:
+                    async for event in events:
+                        collector.listen(event)
+                collector.check()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(len(requests), self.engine.limits.max_queued_requests)):
+                    group.create_task(run_some())
+        except BaseExceptionGroup as errors:  # the others have been cancelled
+            raise errors.exceptions[0] from None
+        return [c.completion(p) for c, p in zip(collectors, prompts, strict=True)]
+
+    def _run(self, request: Request) -> Event:
+        """The last event of a request that does not generate."""
+        collector = _Collector(request)
+        self._submit(request, collector)
+        try:
+            while not collector.is_done:
+                self.engine.step()
+        finally:
+            self._drop(collector)
+        collector.check()
+        assert collector.last is not None
+        return collector.last
+
+
+class _Collector:
+    """Gathers a request's events, in whichever thread steps the engine."""
+
+    def __init__(self, request: Request) -> None:
+        params = request.params
+        self.request_id: int | None = None  # once it is queued
+        self.is_done = False
+        self.last: Event | None = None
+        self._num_prompt_tokens = request.num_rows
+        logprobs = params.logprobs is not None
+        self._choices = [Choice(logprobs=[] if logprobs else None) for _ in range(params.n)]
+        self._prompt_logprobs: list[TokenLogprob] | None = None
+        self._deltas: deque[Delta] = deque()
+        self._error: Exception | None = None
+
+    def listen(self, event: Event) -> None:
+        choice = self._choices[event.index]
+        choice.text += event.text
+        choice.token_ids += event.token_ids
+        if choice.logprobs is not None:
+            choice.logprobs += event.logprobs
+        choice.finish_reason = event.finish_reason
+        if event.prompt_logprobs is not None:
+            self._prompt_logprobs = event.prompt_logprobs
+        self._error = self._error or event.error
+        if event.is_last:
+            self.last = event
+        if event.error is None and (event.text or event.token_ids or event.finish_reason):
+            self._deltas.append(
+                Delta(
+                    event.text,
+                    tuple(event.token_ids),
+                    event.index,
+                    tuple(event.logprobs),
+                    event.finish_reason,
+                    self._timing() if event.is_last else None,
+                )
+            )
+        self.is_done = event.is_last
+
+    def take_deltas(self) -> Iterator[Delta]:
+        while self._deltas:
+            yield self._deltas.popleft()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what ended the request, if that was an error."""
+        if self._error is not None:
+            raise self._error
+
+    def completion(self, prompt_token_ids: list[int]) -> Completion:
+        self.check()
+        return Completion(prompt_token_ids, self._choices, self._prompt_logprobs, self._timing())
+
+    def _timing(self) -> Timing:
+        assert self.last is not None
+        timing = self.last.timing
+        assert timing is not None
+        assert timing.finished is not None
+        first = timing.finished if timing.first_token is None else timing.first_token
+        return Timing(
+            self._num_prompt_tokens,
+            sum(len(choice.token_ids) for choice in self._choices),
+            first - timing.arrived,
+            timing.finished - first,
+        )
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether this is one prompt, not a list of them."""
+    if isinstance(prompts, np.ndarray):
+        return prompts.ndim == 1
+    if not isinstance(prompts, Sequence):
+        raise InvalidRequest(
+            f"a prompt is {prompts!r}: expected text, token ids, or a list of prompts"
+        )
+    return isinstance(prompts, str) or (
+        len(prompts) > 0 and not isinstance(prompts[0], str | Sequence | np.ndarray)
+    )
+
+
+def _checked_ids(token_ids: Any) -> list[int]:
+    return InputSegment.tokens(token_ids).data.tolist()
+
+
+def _resolve(
+    model: LoadedModel,
+    plan: Plan | str | Path | None,
+    weights: str | Mapping[str, Any] | None,
+    kv: str | Mapping[str, Any] | None,
+) -> ResolvedPlan:
+    """The plan, with storage types over it, and the checkpoint's own where all are silent."""
+    plan = plan if isinstance(plan, Plan) else Plan() if plan is None else Plan.load(plan)
+    over = {"weight_formats": weights, "kv_stores": kv}
+    given = Plan.from_dict({seam: value for seam, value in over.items() if value is not None})
+    plan = dataclasses.replace(plan, choices=dict(plan.choices) | dict(given.choices))
+    stored = _stored_type(model)
+    defaults = dict(DEFAULTS) | {"weight_formats": stored}
+    defaults["kv_stores"] = "bfloat16" if stored == "bfloat16" else "float32"
+    return resolve(plan.with_defaults(defaults))
+
+
+def _stored_type(model: LoadedModel) -> str:
+    """The type in which the checkpoint stores most of its matrices."""
+    sizes: dict[str, int] = {}
+    for name in model.graph.linears():
+        info = model.weights.info(name)
+        sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + info.num_bytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _context(graph: ModelGraph, max_context: int | None) -> int:
+    if max_context is None:
+        return min(graph.max_positions, _DEFAULT_CONTEXT)
+    _check_whole("max_context", max_context, graph.max_positions)
+    return max_context
+
+
+def _check_whole(name: str, value: Any, high: int) -> None:
+    if value is not None and not (type(value) is int and 1 <= value <= high):
+        raise InvalidOption(f"{name} is {value!r}: expected a whole number from 1 to {high}")
+
+
+def _weight_bytes(model: LoadedModel, plan: ResolvedPlan) -> int:
+    """Bytes of all weights as the plan stores them."""
+    bits = plan.one("weight_formats").grid.bits_per_weight
+    refs = model.graph.linears() | {model.graph.embedding.weight.name: model.graph.embedding.weight}
+    return sum(int(np.prod(ref.shape) * bits) // 8 for ref in refs.values())
