@@ -1,0 +1,86 @@
+#include "attend.h"
+
+#include <algorithm>
+
+namespace vivace {
+
+namespace {
+
+// With fewer items than this, long reads are split so that every thread finds work.
+constexpr size_t kEnoughItems = 64;
+
+int64_t num_chunks(const Span& span) {
+  int64_t chunks = 0;
+  for (int64_t s = 0; s < span.num_segments; ++s)
+    chunks += (span.segments[s].num_entries + kChunkEntries - 1) / kChunkEntries;
+  return chunks;
+}
+
+}  // namespace
+
+void Attend::run(const Kernels& kernels, Pool& pool, const AttentionCall& call, float* sums) {
+  const AttentionKernels& attention = *kernels.attention;
+  make_items(call);
+  split_items(call);
+  pool.parallel(static_cast<int64_t>(parts_.size()), [&](int64_t index, int) {
+    const auto [item, chunk] = parts_[index];
+    if (chunk < 0)
+      attention.attend(call, items_[item]);
+    else
+      attention.attend_part(call, items_[item], chunk);
+  });
+  if (!split_.empty())
+    pool.parallel(static_cast<int64_t>(split_.size()),
+                  [&](int64_t index, int) { attention.merge_parts(call, items_[split_[index]]); });
+  if (!sums) return;
+  std::vector<SumItem> sum_items;
+  for (int64_t s = 0; s < call.num_spans; ++s) {
+    for (int head = 0; head < call.num_kv_heads; ++head)
+      sum_items.push_back({call.spans + s, sums, head});
+    sums += call.num_heads * call.spans[s].num_entries;
+  }
+  pool.parallel(static_cast<int64_t>(sum_items.size()),
+                [&](int64_t index, int) { attention.sum_weights(call, sum_items[index]); });
+}
+
+void Attend::make_items(const AttentionCall& call) {
+  items_.clear();
+  const int heads_per_kv = call.num_heads / call.num_kv_heads;
+  const int heads = std::min(heads_per_kv, kMaxItemQueries), rows = kMaxItemQueries / heads;
+  for (int64_t s = 0; s < call.num_spans; ++s) {
+    const Span& span = call.spans[s];
+    // Late rows of a span read most: they start first.
+    for (int64_t row = (span.num_rows - 1) / rows * rows; row >= 0 && span.num_rows > 0;
+         row -= rows)
+      for (int kv_head = 0; kv_head < call.num_kv_heads; ++kv_head)
+        for (int head = 0; head < heads_per_kv; head += heads)
+          items_.push_back({&span, row,
+                            static_cast<int>(std::min<int64_t>(rows, span.num_rows - row)), kv_head,
+                            head, std::min(heads, heads_per_kv - head), nullptr});
+  }
+}
+
+void Attend::split_items(const AttentionCall& call) {
+  parts_.clear();
+  split_.clear();
+  size_t num_floats = 0;
+  for (size_t i = 0; i < items_.size(); ++i) {
+    const int64_t chunks = num_chunks(*items_[i].span);
+    if (chunks < 2 || items_.size() >= kEnoughItems) {
+      parts_.emplace_back(i, -1);
+      continue;
+    }
+    split_.push_back(static_cast<int32_t>(i));
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) parts_.emplace_back(i, chunk);
+    num_floats += chunks * items_[i].num_rows * items_[i].num_heads * (call.head_dim + 2);
+  }
+  if (partial_.size() < num_floats) partial_.resize(num_floats);
+  float* partial = partial_.data();
+  for (int32_t i : split_) {
+    AttentionItem& item = items_[i];
+    item.partial = partial;
+    partial += num_chunks(*item.span) * item.num_rows * item.num_heads * (call.head_dim + 2);
+  }
+}
+
+}  // namespace vivace

@@ -1,0 +1,430 @@
+#include "program.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "check.h"
+#include "native_error.h"
+#include "sampler.h"
+
+namespace vivace {
+
+namespace {
+
+// Items of about ten microseconds; a step of few rows runs in the calling thread alone.
+constexpr int64_t kNormRows = 8, kWriteRows = 4, kActivationRows = 2;
+constexpr int64_t kMlpRows = 512;  // rows whose gates are held at a time
+
+// f(row, thread) for every row.
+template <class F>
+void for_rows(Pool& pool, int64_t num_rows, int64_t rows_per_item, F f) {
+  pool.parallel((num_rows + rows_per_item - 1) / rows_per_item, [&](int64_t item, int thread) {
+    const int64_t end = std::min(num_rows, (item + 1) * rows_per_item);
+    for (int64_t row = item * rows_per_item; row < end; ++row) f(row, thread);
+  });
+}
+
+class Flag {
+ public:
+  explicit Flag(std::atomic<bool>& flag) : flag_(flag) {
+    if (flag.exchange(true))
+      throw NativeError("a step is running: one program does one thing at a time");
+  }
+  ~Flag() { flag_ = false; }
+
+ private:
+  std::atomic<bool>& flag_;
+};
+
+}  // namespace
+
+int32_t Linear::out_features() const {
+  int32_t rows = 0;
+  for (const LinearPart& part : parts) rows += part.rows;
+  return rows;
+}
+
+Program::Program(const Kernels& kernels, std::shared_ptr<Pool> pool, int hidden_size,
+                 int vocab_size, Format format, KVType kv_type)
+    : kernels_(kernels),
+      pool_(std::move(pool)),
+      hidden_size_(hidden_size),
+      vocab_size_(vocab_size),
+      format_(format),
+      kv_type_(kv_type),
+      scratch_width_(hidden_size) {}
+
+void Program::set_rope(size_t index, const Rope& rope) {
+  Flag busy(is_running_);
+  if (index > ropes_.size()) throw NativeError("ropes are set in order");
+  if (index == ropes_.size()) ropes_.emplace_back();
+  ropes_[index] = rope;
+}
+
+void Program::measure(const Linear& linear) {
+  input_width_ = std::max(input_width_, input_bytes(format_, linear.in_features));
+  scratch_width_ = std::max<size_t>(scratch_width_, linear.in_features);
+}
+
+void Program::set_head(Head head) {
+  check_linear(head.linear, hidden_size_, "head");
+  if (head.linear.out_features() != vocab_size_)
+    throw NativeError("the head gives " + std::to_string(head.linear.out_features()) +
+                      " logits, expected " + std::to_string(vocab_size_));
+  head_ = std::move(head);
+  measure(head_.linear);
+}
+
+void Program::add_block(Block block) {
+  check_block(block, {hidden_size_, vocab_size_, ropes_, groups_});
+  measure(block.in);
+  measure(block.out);
+  max_heads_ = std::max<size_t>(max_heads_, block.num_heads);
+  blocks_.push_back(std::move(block));
+}
+
+void Program::set_site(int64_t block, Site site) {
+  Flag busy(is_running_);
+  if (block < 0 || block >= static_cast<int64_t>(blocks_.size()))
+    throw NativeError("there is no block " + std::to_string(block));
+  blocks_[block].site = std::move(site);
+}
+
+void Program::allocate(const std::vector<int64_t>& num_blocks, int block_size) {
+  Flag busy(is_running_);
+  if (num_blocks.size() != groups_.size())
+    throw NativeError("allocate needs " + std::to_string(groups_.size()) +
+                      " block counts, one per layer group");
+  caches_.clear();
+  for (size_t i = 0; i < groups_.size(); ++i)
+    caches_.push_back(std::make_unique<KVCache>(kv_type_, groups_[i].num_layers,
+                                                groups_[i].num_kv_heads, groups_[i].head_dim,
+                                                num_blocks[i], block_size));
+}
+
+KVCache& Program::cache(int64_t group) {
+  if (is_running_) throw NativeError("a step is running: its cache cannot be touched");
+  if (group < 0 || group >= static_cast<int64_t>(caches_.size()))
+    throw NativeError("layer group " + std::to_string(group) + " has no cache");
+  return *caches_[group];
+}
+
+// ---------------------------------------------------------------- a step
+
+bool Program::run(const StepArrays& step) {
+  Flag busy(is_running_);
+  check_step(step, embedding_, blocks_, {hidden_size_, vocab_size_, ropes_, groups_}, caches_);
+  if (step.num_rows == 0) return false;
+  FloatEnvironment environment;
+  reserve(step);
+  embed(step);
+  float* sums = step.attention_sums;
+  const int writer = last_writer(step);
+  const StepArrays* now = &step;
+  for (int index = step.first_block; index < step.last_block; ++index) {
+    if (step.cancel && std::atomic_ref<const int32_t>(*step.cancel).load()) return true;
+    Block& block = blocks_[index];
+    if (block.is_attention) {
+      project(step, index);
+      if (index == writer && narrow(step, index)) now = &narrowed_;
+      if (now->num_rows == 0) return false;
+      attend(*now, block, sums);
+      if (sums)
+        for (const Span& span : step.groups[block.group].spans)
+          sums += block.num_heads * span.num_entries;
+    } else {
+      run_mlp(*now, block);
+    }
+    if (block.site && !block.site(core_.data(), now->num_rows, hidden_size_)) return true;
+    finish_block(*now, index);
+  }
+  if (step.last_block == static_cast<int>(blocks_.size())) run_head(*now);
+  return false;
+}
+
+// The last block that writes keys and values, if the rows after it may be narrowed: none of what
+// comes after looks at all rows. -1 otherwise.
+int Program::last_writer(const StepArrays& step) const {
+  if (step.last_block != static_cast<int>(blocks_.size()) || step.attention_sums) return -1;
+  for (int index = step.last_block - 1; index >= step.first_block; --index) {
+    const Block& block = blocks_[index];
+    if (block.site) return -1;
+    if (!block.is_attention) continue;
+    for (const Segment& segment : step.groups[block.group].segments)
+      if (segment.tree) return -1;  // a tree's rows are counted from the span's first
+    return index;
+  }
+  return -1;
+}
+
+// Rows whose results nobody wants are done once their keys and values are written: move the others
+// together and describe them in `narrowed_`. False if all rows go on.
+bool Program::narrow(const StepArrays& step, int index) {
+  const Block& block = blocks_[index];
+  std::vector<int32_t> place(step.num_rows, -1);
+  for (int64_t i = 0; i < step.num_logits; ++i) place[step.logits_rows[i]] = 0;
+  for (const HiddenWant& want : step.hidden)
+    if (want.block >= index)
+      for (int64_t i = 0; i < want.num_rows; ++i) place[want.rows[i]] = 0;
+  kept_rows_.clear();
+  kept_positions_.clear();
+  for (int64_t row = 0; row < step.num_rows; ++row) {
+    if (place[row] < 0) continue;
+    place[row] = static_cast<int32_t>(kept_rows_.size());
+    kept_rows_.push_back(static_cast<int32_t>(row));
+    kept_positions_.push_back(step.positions[row]);
+  }
+  const auto count = static_cast<int64_t>(kept_rows_.size());
+  if (count == step.num_rows) return false;
+
+  const int64_t width = block.in.out_features(), queries = block.num_heads * block.head_dim;
+  for (int64_t i = 0; i < count; ++i) {  // to the front, so nothing is overwritten before it moves
+    const int64_t row = kept_rows_[i];
+    std::memmove(work_.data() + i * width, work_.data() + row * width, queries * sizeof(float));
+    std::memmove(hidden_.data() + i * hidden_size_, hidden_.data() + row * hidden_size_,
+                 hidden_size_ * sizeof(float));
+  }
+  const auto renumber = [&](const int32_t* rows, int64_t size, std::vector<int32_t>& to) {
+    to.resize(size);
+    for (int64_t i = 0; i < size; ++i) to[i] = place[rows[i]];
+    return to.data();
+  };
+  narrowed_ = {};
+  narrowed_.num_rows = count;
+  narrowed_.positions = kept_positions_.data();
+  narrowed_.logits_rows = renumber(step.logits_rows, step.num_logits, kept_logits_rows_);
+  narrowed_.num_logits = step.num_logits;
+  narrowed_.logits = step.logits;
+  narrowed_.num_top = step.num_top;
+  narrowed_.top_ids = step.top_ids;
+  narrowed_.top_logits = step.top_logits;
+  narrowed_.first_block = step.first_block;
+  narrowed_.last_block = step.last_block;
+  kept_hidden_rows_.resize(step.hidden.size());
+  for (size_t i = 0; i < step.hidden.size(); ++i) {
+    HiddenWant want = step.hidden[i];
+    if (want.block < index) continue;  // taken already
+    want.rows = renumber(want.rows, want.num_rows, kept_hidden_rows_[i]);
+    narrowed_.hidden.push_back(want);
+  }
+  narrowed_.groups.resize(step.groups.size());
+  for (Span span : step.groups[block.group].spans) {
+    const auto first = std::lower_bound(kept_rows_.begin(), kept_rows_.end(), span.first_row);
+    const auto last = std::lower_bound(first, kept_rows_.end(), span.first_row + span.num_rows);
+    if (first == last) continue;
+    span.first_row = first - kept_rows_.begin();
+    span.num_rows = last - first;
+    narrowed_.groups[block.group].spans.push_back(span);
+  }
+  return true;
+}
+
+void Program::reserve(const StepArrays& step) {
+  const size_t rows = step.num_rows;
+  size_t work = 0;
+  for (int index = step.first_block; index < step.last_block; ++index) {
+    const Block& block = blocks_[index];
+    const size_t inner = block.in.out_features();
+    work = std::max(work, block.is_attention ? rows * (inner + block.out.in_features)
+                                             : std::min<size_t>(rows, kMlpRows) * inner);
+  }
+  hidden_.reserve(rows * hidden_size_);
+  core_.reserve(rows * hidden_size_);
+  work_.reserve(work);
+  stats_.reserve(rows * max_heads_ * 2);
+  input_.reserve(std::max<size_t>(rows, step.num_logits) * input_width_);
+  scratch_.reserve(pool_->threads() * scratch_width_);
+}
+
+// Row `index` of the next linear's input: the norm of `row`, in the form that the linear reads.
+void Program::prepare(const Norm& norm, const float* row, int32_t size, int64_t index, int thread) {
+  if (norm.kind != NormKind::none) {
+    float* normed = scratch_.data() + thread * scratch_width_;
+    kernels_.ops->norm(norm, row, normed);
+    row = normed;
+  }
+  prepare_input(kernels_, format_, size, row, input_.data() + index * input_bytes(format_, size));
+}
+
+void Program::multiply(const Linear& linear, int64_t num_rows, float* y, int64_t stride) {
+  const LinearOp op = {format_, linear.in_features, linear.parts.data(),
+                       static_cast<int32_t>(linear.parts.size())};
+  vivace::linear(kernels_, *pool_, op, input_.data(), static_cast<int32_t>(num_rows), y, stride);
+}
+
+void Program::embed_row(const StepArrays& step, int64_t row, int64_t given) {
+  float* h = hidden_.data() + row * hidden_size_;
+  if (given >= 0) {
+    std::memcpy(h, step.given + given * hidden_size_, hidden_size_ * sizeof(float));
+    return;
+  }
+  const size_t row_bytes = hidden_size_ * weight_bytes(format_);
+  kernels_.ops->widen(format_,
+                      static_cast<const char*>(embedding_.weight) + step.tokens[row] * row_bytes,
+                      embedding_.scale, h, hidden_size_);
+  if (!embedding_.positions) return;
+  std::vector<float> learned(hidden_size_);
+  kernels_.ops->widen(
+      format_, static_cast<const char*>(embedding_.positions) + step.positions[row] * row_bytes,
+      1.0f, learned.data(), hidden_size_);
+  kernels_.ops->add(h, learned.data(), 1.0f, hidden_size_);
+}
+
+void Program::embed(const StepArrays& step) {
+  std::vector<int64_t> given(step.num_given ? step.num_rows : 0, -1);
+  for (int64_t i = 0; i < step.num_given; ++i) given[step.given_rows[i]] = i;
+  for_rows(*pool_, step.num_rows, kNormRows, [&](int64_t row, int thread) {
+    embed_row(step, row, given.empty() ? -1 : given[row]);
+    if (step.first_block < step.last_block)
+      prepare(blocks_[step.first_block].norm, hidden_.data() + row * hidden_size_, hidden_size_,
+              row, thread);
+  });
+}
+
+// Normalizes and rotates a row's queries and keys in place and writes its entry. False if that is
+// not finite.
+bool Program::write_row(const StepArrays& step, const Block& block, int64_t row, float* qkv) {
+  const OpKernels& ops = *kernels_.ops;
+  const int head_dim = block.head_dim;
+  float* keys = qkv + block.num_heads * head_dim;
+  float* values = keys + block.num_kv_heads * head_dim;
+  const auto normalize = [&](const Norm& norm, float* heads, int num_heads) {
+    if (norm.kind == NormKind::none) return;
+    if (norm.size != head_dim) return ops.norm(norm, heads, heads);
+    for (int head = 0; head < num_heads; ++head)
+      ops.norm(norm, heads + head * head_dim, heads + head * head_dim);
+  };
+  normalize(block.q_norm, qkv, block.num_heads);
+  normalize(block.k_norm, keys, block.num_kv_heads);
+  if (block.rope >= 0) {
+    const Rope& rope = ropes_[block.rope];
+    const int64_t at = static_cast<int64_t>(step.positions[row]) * rope.half;
+    for (int head = 0; head < block.num_heads + block.num_kv_heads; ++head)
+      ops.rotate(qkv + head * head_dim, rope.cos + at, rope.sin + at, rope.half,
+                 rope.is_interleaved);
+  }
+  const CacheView cache = caches_[block.group]->layer(block.cache_layer);
+  bool finite = true;
+  for (int head = 0; head < block.num_kv_heads; ++head)
+    finite &= kernels_.attention->write_entry(cache, step.groups[block.group].slots[row], head,
+                                              keys + head * head_dim, values + head * head_dim);
+  return finite;
+}
+
+// Queries, keys and values of all rows; keys and values go into the cache.
+void Program::project(const StepArrays& step, int index) {
+  const Block& block = blocks_[index];
+  const int64_t width = block.in.out_features();
+  float* qkv = work_.data();
+  multiply(block.in, step.num_rows, qkv, width);
+  std::atomic<bool> finite = true;
+  for_rows(*pool_, step.num_rows, kWriteRows, [&](int64_t row, int) {
+    if (!write_row(step, block, row, qkv + row * width)) finite = false;
+  });
+  if (!finite)
+    throw NativeError("the keys or values of block " + std::to_string(index) +
+                      " are NaN or infinite: activations overflowed; the weights or the input are "
+                      "damaged, or a technique broke them");
+}
+
+void Program::attend(const StepArrays& step, const Block& block, float* sums) {
+  const int64_t width = block.in.out_features(), out_width = block.out.in_features;
+  float* qkv = work_.data();
+  float* out = qkv + step.num_rows * width;
+  const GroupStep& group = step.groups[block.group];
+  AttentionCall call = {};
+  call.cache = caches_[block.group]->layer(block.cache_layer);
+  call.queries = qkv;
+  call.q_stride = width;
+  call.out = out;
+  call.out_stride = out_width;
+  call.stats = stats_.data();
+  call.positions = step.positions;
+  call.spans = group.spans.data();
+  call.num_spans = static_cast<int64_t>(group.spans.size());
+  call.num_heads = block.num_heads;
+  call.num_kv_heads = block.num_kv_heads;
+  call.head_dim = block.head_dim;
+  call.scale = block.scale;
+  call.soft_cap = block.soft_cap;
+  call.sinks = block.sinks;
+  attend_.run(kernels_, *pool_, call, sums);
+  for_rows(*pool_, step.num_rows, kNormRows, [&](int64_t row, int thread) {
+    prepare({}, out + row * out_width, block.out.in_features, row, thread);
+  });
+  multiply(block.out, step.num_rows, core_.data(), hidden_size_);
+}
+
+void Program::run_mlp(const StepArrays& step, const Block& block) {
+  const int64_t width = block.in.out_features();
+  const int32_t inner = block.out.in_features;
+  float* gates = work_.data();
+  for (int64_t first = 0; first < step.num_rows; first += kMlpRows) {
+    const int64_t rows = std::min(kMlpRows, step.num_rows - first);
+    if (first > 0)
+      for_rows(*pool_, rows, kNormRows, [&](int64_t row, int thread) {
+        prepare(block.norm, hidden_.data() + (first + row) * hidden_size_, hidden_size_, row,
+                thread);
+      });
+    multiply(block.in, rows, gates, width);
+    for_rows(*pool_, rows, kActivationRows, [&](int64_t row, int thread) {
+      const float* gate = gates + row * width;
+      float* out = scratch_.data() + thread * scratch_width_;
+      kernels_.ops->activate(block.activation, gate, block.is_gated ? gate + inner : nullptr, out,
+                             inner);
+      prepare({}, out, inner, row, thread);
+    });
+    multiply(block.out, rows, core_.data() + first * hidden_size_, hidden_size_);
+  }
+}
+
+// The residual add, what was asked of the state, and the next block's input.
+void Program::finish_block(const StepArrays& step, int index) {
+  const Block& block = blocks_[index];
+  const bool is_last = index + 1 == step.last_block;
+  for_rows(*pool_, step.num_rows, kNormRows, [&](int64_t row, int thread) {
+    float* h = hidden_.data() + row * hidden_size_;
+    float* x = core_.data() + row * hidden_size_;
+    if (block.post_norm.kind != NormKind::none) kernels_.ops->norm(block.post_norm, x, x);
+    kernels_.ops->add(h, x, block.residual_scale, hidden_size_);
+    if (!is_last) prepare(blocks_[index + 1].norm, h, hidden_size_, row, thread);
+  });
+  take_hidden(step, index);
+}
+
+void Program::take_hidden(const StepArrays& step, int index) {
+  for (const HiddenWant& want : step.hidden) {
+    if (want.block != index) continue;
+    const bool is_final = index == static_cast<int>(blocks_.size());
+    for (int64_t i = 0; i < want.num_rows; ++i) {
+      const float* h = hidden_.data() + int64_t{want.rows[i]} * hidden_size_;
+      float* out = want.out + i * hidden_size_;
+      if (is_final && head_.norm.kind != NormKind::none)
+        kernels_.ops->norm(head_.norm, h, out);
+      else
+        std::memcpy(out, h, hidden_size_ * sizeof(float));
+    }
+  }
+}
+
+void Program::run_head(const StepArrays& step) {
+  take_hidden(step, static_cast<int>(blocks_.size()));
+  if (step.num_logits == 0) return;
+  for_rows(*pool_, step.num_logits, kNormRows, [&](int64_t row, int thread) {
+    prepare(head_.norm, hidden_.data() + int64_t{step.logits_rows[row]} * hidden_size_,
+            hidden_size_, row, thread);
+  });
+  multiply(head_.linear, step.num_logits, step.logits, vocab_size_);
+  const bool is_plain = head_.soft_cap == 0.0f && head_.scale == 1.0f;
+  if (is_plain && step.num_top == 0) return;
+  for_rows(*pool_, step.num_logits, 1, [&](int64_t row, int) {
+    float* logits = step.logits + row * vocab_size_;
+    kernels_.ops->soft_cap(logits, head_.soft_cap, head_.scale, vocab_size_);
+    largest(logits, vocab_size_, step.num_top, step.top_ids + row * step.num_top,
+            step.top_logits + row * step.num_top);
+  });
+}
+
+}  // namespace vivace
