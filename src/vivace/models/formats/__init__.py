@@ -1,0 +1,1 @@
+"""Readers of checkpoint files; each checks everything before it trusts anything."""

@@ -1,0 +1,293 @@
+"""A model directory as a graph and mapped weights, checked against each other before they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from vivace.blocks import AttentionBlock, LinearSpec, ModelGraph, NormSpec, WeightRef
+from vivace.errors import BadFile, ModelNotFound, UnsupportedModel
+from vivace.models import graph_from_config
+from vivace.models.config import Config, show
+from vivace.models.formats.safetensors import SafetensorsFile, TensorInfo
+from vivace.models.formats.strict_json import read_object
+from vivace.models.location import resolve
+from vivace.models.tokenizer import Tokenizer
+
+__all__ = ["LoadedModel", "Weights", "load_model", "weight_refs"]
+
+MAX_CONFIG_BYTES = 2**20
+# Weights up to this size in total are searched for NaN and infinity when loaded: some milliseconds.
+# Of larger checkpoints only the tensors below `_SMALL_TENSOR_BYTES` are, so that opening one, as an
+# estimate does, only maps it. The native executor searches every matrix when it binds it.
+_SMALL_MODEL_BYTES = 64 * 2**20
+_SMALL_TENSOR_BYTES = 2**20
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+
+
+class Weights(Mapping[str, np.ndarray]):
+    """Checkpoint tensors by name, as read-only views of the mapped files."""
+
+    def __init__(self, files: list[SafetensorsFile]) -> None:
+        self._files = {name: file for file in files for name in file.tensors}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].array(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._files[name].tensors[name]
+
+    def path(self, name: str) -> Path:
+        return self._files[name].path
+
+    def check_finite(self, names: list[str]) -> None:
+        """Search tensors for NaN and infinity. Raises `BadFile` that names the first."""
+        for name in names:
+            if not _is_finite(self[name]):
+                raise BadFile(
+                    f"{self.path(name)}: tensor {show(name)} has NaN or infinite values: "
+                    "the checkpoint is damaged; download it again or use another one"
+                )
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be run: the block list, its weights, and what came beside them."""
+
+    path: Path
+    graph: ModelGraph
+    weights: Weights
+    config: Config
+    generation_config: Config
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Parsed on first use. Raises `BadFile`."""
+        tokenizer = Tokenizer.load(self.path)
+        if tokenizer.vocab_size > self.graph.vocab_size:
+            raise BadFile(
+                f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens but the embedding "
+                f"only {self.graph.vocab_size} rows: the two are not of one model"
+            )
+        return tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return (self.path / "tokenizer.json").exists()
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the generation config's or else the config's, and the
+        tokenizer's."""
+        ids = self.generation_config.token_ids("eos_token_id")
+        ids = ids or self.config.token_ids("eos_token_id")
+        own = self.tokenizer.eos_token_id if self.has_tokenizer else None
+        ids = (*ids, *(() if own is None else (own,)))
+        return frozenset(item for item in ids if item < self.graph.vocab_size)
+
+    def check_all_weights(self) -> None:
+        """Search every tensor for NaN and infinity; reads the whole checkpoint."""
+        self.weights.check_finite(sorted(_stored_shapes(self.graph)))
+
+
+def load_model(location: str | Path) -> LoadedModel:
+    """Load a model by shipped name, directory or hub name; weights are mapped, not read.
+
+    Raises `ModelNotFound`, `UnsupportedModel`, `BadFile`.
+    """
+    path = resolve(location)
+    config = _read_config(path, "config.json")
+    assert config is not None
+    graph = graph_from_config(config)
+    generation = _read_config(path, "generation_config.json", is_required=False)
+    generation = generation or Config({}, "generation_config.json")
+    for fields in (config, generation):
+        for name in ("eos_token_id", "bos_token_id"):
+            fields.token_ids(name)
+    weights = Weights(_open_files(path))
+    _check_weights(path, graph, weights)
+    return LoadedModel(path, graph, weights, config, generation)
+
+
+def _read_config(path: Path, name: str, is_required: bool = True) -> Config | None:
+    file = path / name
+    if not file.exists():
+        if not is_required:
+            return None
+        raise ModelNotFound(f"{path}: has no {name}: expected a model directory as on the hub")
+    return Config(read_object(file, MAX_CONFIG_BYTES), str(file))
+
+
+# ---------------------------------------------------------------- files
+
+
+def _open_files(path: Path) -> list[SafetensorsFile]:
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return [SafetensorsFile(single)]
+    if index.exists():
+        return _open_shards(path, index)
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return [SafetensorsFile(found[0])]
+    if found:
+        raise BadFile(f"{path}: has {len(found)} safetensors files but no {index.name}: add it")
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise UnsupportedModel(
+            f"{path}: {pickles[0]} is a pickle, which can run code when read: "
+            "convert the checkpoint to safetensors"
+        )
+    raise ModelNotFound(f"{path}: has no weights: expected {single.name} or {index.name}")
+
+
+def _open_shards(path: Path, index: Path) -> list[SafetensorsFile]:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadFile(f"{index}: has no weight_map: expected tensor names and their files")
+    by_shard: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        if not _is_plain_name(shard):
+            raise BadFile(
+                f"{index}: tensor {show(name)} is said to lie in {show(shard)}: "
+                "expected the plain name of a .safetensors file in the same directory"
+            )
+        by_shard.setdefault(shard, []).append(name)
+    missing = sorted(shard for shard in by_shard if not (path / shard).exists())
+    if missing:
+        raise BadFile(
+            f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(by_shard)}): "
+            "download the model again"
+        )
+    files = {shard: SafetensorsFile(path / shard) for shard in sorted(by_shard)}
+    owners: dict[str, str] = {}
+    for shard, file in files.items():
+        for name in file.tensors:
+            if owners.setdefault(name, shard) != shard:
+                raise BadFile(f"{path}: tensor {show(name)} is in {owners[name]} and in {shard}")
+        for name in by_shard[shard]:
+            if name not in file.tensors:
+                raise BadFile(
+                    f"{index}: says that {shard} holds tensor {show(name)}, but it does not: "
+                    "download the model again"
+                )
+    return list(files.values())
+
+
+def _is_plain_name(value: Any) -> bool:
+    return (
+        isinstance(value, str)
+        and value.endswith(".safetensors")
+        and len(value) < 256
+        and not any(sign in value for sign in ("/", "\\", "\0", ":"))
+    )
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def weight_refs(graph: ModelGraph) -> Iterator[WeightRef]:
+    """Every tensor that a graph uses, matrices, biases and norms alike; tied ones twice."""
+    yield graph.embedding.weight
+    if graph.embedding.positions is not None:
+        yield graph.embedding.positions
+    for block in graph.blocks:
+        if isinstance(block, AttentionBlock):
+            linears, inner = (block.qkv, block.out), (block.q_norm, block.k_norm)
+            if block.sinks is not None:
+                yield block.sinks
+        else:
+            linears, inner = (block.gate_up, block.down), ()
+        for norm in (block.norm, block.post_norm, *inner):
+            yield from _norm_refs(norm)
+        for linear in linears:
+            yield from _linear_refs(linear)
+    yield from _norm_refs(graph.head.norm)
+    yield from _linear_refs(graph.head.linear)
+
+
+def _norm_refs(norm: NormSpec | None) -> Iterator[WeightRef]:
+    if norm is not None:
+        yield norm.weight
+        if norm.bias is not None:
+            yield norm.bias
+
+
+def _linear_refs(linear: LinearSpec) -> Iterator[WeightRef]:
+    yield from linear.parts
+    yield from (bias for bias in linear.biases if bias is not None)
+
+
+def _check_weights(path: Path, graph: ModelGraph, weights: Weights) -> None:
+    wanted = _stored_shapes(graph)
+    for name, shape in wanted.items():
+        if name not in weights:
+            raise BadFile(
+                f"{path}: tensor {show(name)} is missing: expected shape {list(shape)}; "
+                "the config does not fit the weights, or a file is missing"
+            )
+        _check_tensor(weights, name, shape)
+    unused = sorted(name for name in weights if name not in wanted and _would_matter(name))
+    if unused:
+        raise UnsupportedModel(
+            f"{path}: tensor {show(unused[0])} has no place in a '{graph.family}' model of this "
+            f"config ({len(unused)} such): check config.json, or use an unquantized checkpoint"
+        )
+    num_bytes = sum(weights.info(name).num_bytes for name in wanted)
+    limit = _SMALL_MODEL_BYTES if num_bytes <= _SMALL_MODEL_BYTES else _SMALL_TENSOR_BYTES
+    weights.check_finite([name for name in wanted if weights.info(name).num_bytes <= limit])
+
+
+def _stored_shapes(graph: ModelGraph) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a graph uses; ranges of rows must reach to the last one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for ref in weight_refs(graph):
+        shape = (ref.first_row + ref.shape[0], *ref.shape[1:])
+        shape = shape[::-1] if ref.is_transposed else shape
+        shapes[ref.name] = max(shapes.get(ref.name, shape), shape)
+    return shapes
+
+
+def _would_matter(name: str) -> bool:
+    """Whether a tensor that the graph does not use would change the output if it were used."""
+    return name.startswith("model.layers.") and not name.endswith("rotary_emb.inv_freq")
+
+
+def _check_tensor(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
+    info = weights.info(name)
+    where = f"{weights.path(name)}: tensor {show(name)}"
+    if info.dtype not in _FLOATS:
+        raise UnsupportedModel(
+            f"{where} is stored as {info.dtype}: expected float32, float16 or bfloat16"
+        )
+    if info.shape != shape:
+        raise BadFile(
+            f"{where} has shape {list(info.shape)}: the config expects {list(shape)}; "
+            "config and weights are not of one model"
+        )
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether no exponent is all ones; works on the bits, a piece that fits the cache at a time."""
+    if array.dtype == np.float32:
+        bits, mask = array.reshape(-1).view(np.uint32), np.uint32(0x7F800000)
+    else:
+        mask = np.uint16(0x7C00 if array.dtype == np.float16 else 0x7F80)
+        bits = array.reshape(-1).view(np.uint16)
+    step = 2**17
+    return not any(
+        ((bits[first : first + step] & mask) == mask).any() for first in range(0, len(bits), step)
+    )

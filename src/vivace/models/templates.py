@@ -1,0 +1,172 @@
+"""Chat templates: found in all the places checkpoints keep them, rendered in a bounded sandbox."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vivace.errors import BadFile, InvalidRequest, TemplateError
+from vivace.models.config import show
+from vivace.models.formats.strict_json import read_bytes, read_object
+
+if TYPE_CHECKING:
+    import jinja2
+
+__all__ = ["ChatTemplate", "Messages", "check_messages", "find_templates"]
+
+Messages = Sequence[Mapping[str, Any]]
+
+MAX_TEMPLATE_BYTES = 2**20
+MAX_MESSAGES = 10_000
+MAX_DEPTH = 100
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+
+def find_templates(path: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name; later places win: `tokenizer_config.json` (one, or a list of named ones),
+    `chat_template.json`, `chat_template.jinja`, `additional_chat_templates/NAME.jinja`.
+
+    Raises `BadFile`.
+    """
+    found = _from_config(tokenizer_config, f"{path}/tokenizer_config.json")
+    file = path / "chat_template.json"
+    if file.exists():
+        found |= _from_config(read_object(file), str(file))
+    file = path / "chat_template.jinja"
+    if file.exists():
+        found["default"] = _read(file)
+    for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
+        found[file.stem] = _read(file)
+    for name, source in found.items():
+        if len(source) > MAX_TEMPLATE_BYTES:
+            raise BadFile(f"{path}: chat template '{name}' is longer than {MAX_TEMPLATE_BYTES}")
+    return found
+
+
+def _from_config(config: Mapping[str, Any], source: str) -> dict[str, str]:
+    value = config.get("chat_template")
+    if value is None:
+        return {}
+    items = [{"name": "default", "template": value}] if isinstance(value, str) else value
+    if isinstance(items, Mapping):
+        items = [{"name": name, "template": text} for name, text in items.items()]
+    found = {}
+    for item in items if isinstance(items, list) else [items]:
+        name, text = (
+            (item.get("name"), item.get("template")) if isinstance(item, Mapping) else (None, None)
+        )
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise BadFile(f"{source}: chat_template is {show(value)}: expected a string or a list")
+        found[name] = text
+    return found
+
+
+def _read(file: Path) -> str:
+    try:
+        return read_bytes(file, MAX_TEMPLATE_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{file}: is not UTF-8: download it again") from error
+
+
+class ChatTemplate:
+    """A template, compiled on first use."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        import jinja2
+
+        from vivace.models.sandbox import Sandbox
+
+        try:
+            return Sandbox().from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise TemplateError(
+                f"the chat template is not valid ({_reason(error)}): use a plain prompt"
+            ) from error
+        except (RecursionError, MemoryError, SyntaxError, ValueError) as error:
+            raise TemplateError(
+                "the chat template is nested too deeply: repair it, or use a plain prompt"
+            ) from error
+
+    def render(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a conversation.
+
+        Raises `InvalidRequest` for malformed messages and `TemplateError` where the template fails,
+        refuses the messages, or does too much.
+        """
+        from vivace.models.sandbox import render
+
+        given = dict(variables or {}) | {
+            "messages": check_messages(messages),
+            "tools": _plain(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return render(self._compiled, given)
+        except TemplateError:
+            raise
+        except Exception as error:  # a template's failures are of any kind
+            raise TemplateError(
+                f"the chat template refuses these messages ({_reason(error)}): "
+                "change them, or use a plain prompt"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0][:200]
+    return text or type(error).__name__
+
+
+def check_messages(messages: Messages) -> list[dict[str, Any]]:
+    """Messages as plain data, with a content given in text parts as one string.
+
+    Raises `InvalidRequest`.
+    """
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+    if not is_list or not 0 < len(messages) <= MAX_MESSAGES:
+        raise InvalidRequest(f"messages: expected a list of 1 to {MAX_MESSAGES} messages")
+    return [_message(message) for message in messages]
+
+
+def _message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        known = ", ".join(ROLES)
+        raise InvalidRequest(f"message {show(message)}: expected an object with a role of {known}")
+    plain = _plain(message)
+    content = plain.get("content")
+    if isinstance(content, list):
+        for part in content:
+            is_text = isinstance(part, dict) and part.get("type") == "text"
+            if not is_text or not isinstance(part.get("text"), str):
+                raise InvalidRequest(f"message part {show(part)}: expected type text and a text")
+        plain["content"] = "\n".join(part["text"] for part in content)
+    elif content is not None and not isinstance(content, str):
+        raise InvalidRequest(f"message content {show(content)}: expected a string or text parts")
+    return plain
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """JSON data as exact plain types, so that a template meets no other methods."""
+    if depth > MAX_DEPTH:
+        raise InvalidRequest(f"messages or tools are nested deeper than {MAX_DEPTH}")
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {_plain(key, depth + 1): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    raise InvalidRequest(f"messages or tools hold {show(value)}: expected JSON data")
