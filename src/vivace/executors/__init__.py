@@ -1,0 +1,1 @@
+"""Executors run a block list over flat rows."""
