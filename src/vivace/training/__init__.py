@@ -1,0 +1,1 @@
+"""How the default model, `tiny`, is made: data, exercises, tokenizer, trainer, evaluation."""
