@@ -1,0 +1,7 @@
+"""`python -m vivace.cli` is `vivace`."""
+
+import sys
+
+from vivace.cli import main
+
+sys.exit(main())

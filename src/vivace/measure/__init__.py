@@ -1,0 +1,1 @@
+"""How good a model's answers still are, measured on given text."""
