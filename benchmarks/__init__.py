@@ -1,0 +1,1 @@
+"""Benchmarks: same-run ratios against a floor or a peer, never timed tests."""

@@ -1,0 +1,81 @@
+"""`python -m benchmarks.table`: writes README's table of results from benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks.harness import RESULTS, ROOT
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+
+def table(core: dict[str, Any]) -> str:
+    """The table in Markdown, with the machine and the command it came from."""
+    rates, memory = core["tokens_per_second"], core["memory"]
+    ours, peer = rates["vivace"], rates["transformers"]
+
+    def spread(values: dict[str, Any], digits: int = 1) -> str:
+        low, middle, high = (f"{values[k]:.{digits}f}" for k in ("min", "median", "max"))
+        return f"{middle} ({low} to {high})"
+
+    share = core["decode_share_of_read_floor"]
+    rows = [
+        (
+            "decode, 1 sequence",
+            f"{spread(ours['decode'])} tokens/s",
+            f"transformers {spread(peer['decode'])}",
+            f"{core['decode_ratio_to_transformers']:.2f} ×",
+        ),
+        (
+            "decode, share of the read floor",
+            f"{share['median']:.0%} ({share['min']:.0%} to {share['max']:.0%})",
+            f"{core['read_bandwidth_bytes_per_second']['median'] / 1e9:.1f} GB/s read",
+            "",
+        ),
+        (
+            "prefill, 512 tokens",
+            f"{spread(ours['prefill'])} tokens/s",
+            f"transformers {spread(peer['prefill'])}",
+            f"{core['prefill_ratio_to_transformers']:.2f} ×",
+        ),
+        (
+            "peak memory beyond weights and cache",
+            f"{memory['beyond_weights_and_cache_mb']:.0f} MB",
+            f"transformers {(memory['transformers_peak_bytes'] - memory['weight_bytes']) / 1e6:.0f}"
+            " MB beyond weights",
+            "",
+        ),
+        (
+            "`vivace run tiny`, process start to first token",
+            f"{spread(core['run_tiny_to_first_token_seconds'], 2)} s",
+            "",
+            "",
+        ),
+        ("`vivace --help`", f"{spread(core['help_seconds'], 2)} s", "", ""),
+    ]
+    machine = core["machine"]
+    lines = [
+        "| what | Vivace | beside it | ratio |",
+        "|---|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        f"{core['shape']}, {core['threads']} threads, medians (smallest to largest) of "
+        f"{len(share['raw'])} rounds in which both took turns; {machine['cpu']}, "
+        f"{machine['cores']} cores, best instruction set {machine['instruction_sets'][-1]}; "
+        f"transformers {machine['versions']['transformers']}, torch "
+        f"{machine['versions']['torch']}; {machine['date']}. `make bench` measures it again.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    core = json.loads((RESULTS / "core.json").read_text())
+    readme = ROOT / "README.md"
+    head, _, rest = readme.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    readme.write_text(f"{head}{BEGIN}\n{table(core)}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()
