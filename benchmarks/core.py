@@ -3,7 +3,8 @@
     python -m benchmarks.core [--scratch DIR] [--rounds N] [--threads N]
 
 Both engines run in processes of their own and take turns; the read bandwidth is measured before
-and after each decode, and their mean is its floor. Writes benchmarks/results/core.json and core.png.
+and after each decode, and the mean of the two is its floor. Writes benchmarks/results/core.json,
+core.png and the table in README.md.
 """
 
 from __future__ import annotations
