@@ -23,9 +23,10 @@ LEVELS = {
     "models": 2,
     "executors": 3,
     "engine": 4,
-    "llm": 5,
-    "": 6,  # vivace/__init__.py hands names on
-    "cli": 6, "measure": 6, "serve": 6, "training": 6, "tune": 6,
+    "completion": 5,
+    "llm": 6,
+    "": 7,  # vivace/__init__.py hands names on
+    "cli": 7, "measure": 7, "serve": 7, "training": 7, "tune": 7,
 }  # fmt: skip
 LEAVES = {name for name, level in LEVELS.items() if level == 0}
 TORCH_FILES = re.compile(r"executors/torch_\w*\.py|training/.*")
@@ -70,7 +71,7 @@ def test_imports_point_one_way(file: Path) -> None:
         assert (
             other == part
             or LEVELS[other] < LEVELS[part]
-            or LEVELS[part] == 6
+            or LEVELS[part] == max(LEVELS.values())
             or (other in LEAVES and part in LEAVES)
         ), f"{file} imports {name}"
         if other == "techniques" and part in ("engine", "executors", "models"):
