@@ -325,7 +325,9 @@ def dense_causal_attend(batch_size: int) -> Attend:
 
     def attend(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if block.soft_cap is not None or block.sinks is not None:
-            raise NotImplementedError("dense attention has no soft cap and no sinks")
+            raise UnsupportedModel(
+                "dense attention has no soft cap and no sinks: run the model through the executor"
+            )
         q, k, v = (x.unflatten(0, (batch_size, -1)).transpose(1, 2) for x in (q, k, v))
         groups = block.num_heads // block.num_kv_heads
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
