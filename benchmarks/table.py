@@ -28,7 +28,7 @@ def table(core: dict[str, Any]) -> str:
             f"{core['decode_ratio_to_transformers']:.2f} ×",
         ),
         (
-            "decode, share of the read floor",
+            "decode, share of the read floor (mean of a read before and after)",
             f"{share['median']:.0%} ({share['min']:.0%} to {share['max']:.0%})",
             f"{core['read_bandwidth_bytes_per_second']['median'] / 1e9:.1f} GB/s read",
             "",
