@@ -21,16 +21,23 @@ __all__ = [
     "AttentionBlock",
     "Block",
     "EmbeddingSpec",
+    "Expert",
+    "ExpertsBlock",
     "HeadSpec",
     "LayerGroup",
+    "LinearBlock",
     "LinearSpec",
     "MlpBlock",
     "ModelGraph",
+    "NextTokenHead",
     "NormKind",
     "NormSpec",
     "RopeSpec",
+    "Routing",
     "Shard",
     "WeightRef",
+    "block_linears",
+    "block_norms",
 ]
 
 
@@ -44,6 +51,17 @@ class Activation(StrEnum):
     GELU = "gelu"  # exact, by erf
     GELU_TANH = "gelu_tanh"
     RELU = "relu"
+
+
+class Routing(StrEnum):
+    """How a row's router logits become the experts it visits and their weights, in rank order.
+
+    The largest logits win, the lower expert on ties.
+    """
+
+    SOFTMAX = "softmax"  # softmax over all experts; the chosen ones keep their share
+    SOFTMAX_CHOSEN = "softmax_chosen"  # softmax over the chosen ones alone
+    SPARSE_MIXER = "sparse_mixer"  # see `ExpertsBlock.jitter`
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +177,54 @@ class MlpBlock:
         return len(self.gate_up.parts) == 2
 
 
-Block = AttentionBlock | MlpBlock
+@dataclass(frozen=True, slots=True)
+class LinearBlock:
+    """One matrix in the place of an attention or an MLP (Puzzle, P026)."""
+
+    layer: int
+    linear: LinearSpec  # one part (hidden, hidden)
+    norm: NormSpec | None
+    post_norm: NormSpec | None = None
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """An MLP that some rows visit; parts as in `MlpBlock`."""
+
+    gate_up: LinearSpec
+    down: LinearSpec
+
+    @property
+    def is_gated(self) -> bool:
+        return len(self.gate_up.parts) == 2
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsBlock:
+    """Routed MLPs: sum over a row's `num_active` experts, in rank order, of weight * expert(x).
+
+    A shared expert is visited by every row and added last, times sigmoid(shared_gate(x)) where
+    there is a gate. With `Routing.SPARSE_MIXER` (Liu et al. 2024, arXiv 2409.12136) the expert of
+    rank r has the largest logit `top` among those not chosen yet; its weight is its share in a
+    softmax over the logits `s` not chosen yet with (top - s) / max(|s|, top) <= 2 * jitter.
+    """
+
+    layer: int
+    router: LinearSpec  # one part (num_experts, hidden)
+    experts: tuple[Expert, ...]  # all of one shape
+    num_active: int
+    activation: Activation
+    norm: NormSpec | None
+    routing: Routing = Routing.SOFTMAX
+    jitter: float = 0.0
+    shared: Expert | None = None
+    shared_gate: LinearSpec | None = None  # one part (1, hidden)
+    post_norm: NormSpec | None = None
+    residual_scale: float = 1.0
+
+
+Block = AttentionBlock | MlpBlock | ExpertsBlock | LinearBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +240,21 @@ class HeadSpec:
     norm: NormSpec | None
     scale: float = 1.0
     soft_cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NextTokenHead:
+    """An extra head that guesses one token further (MiMo, P227); executors leave it out.
+
+    Its input is projection([hidden_norm(h), token_norm(embedding of the next token)]), its blocks
+    and its norm follow, and the model's own head gives the logits.
+    """
+
+    hidden_norm: NormSpec
+    token_norm: NormSpec
+    projection: LinearSpec  # one part (hidden, 2 * hidden)
+    blocks: tuple[Block, ...]  # cache layers of a group of their own
+    norm: NormSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,20 +278,41 @@ class ModelGraph:
     head: HeadSpec
     groups: tuple[LayerGroup, ...]
     ropes: tuple[RopeSpec, ...] = ()
+    next_token_heads: tuple[NextTokenHead, ...] = ()
     shard: Shard = Shard()
 
     @property
     def num_layers(self) -> int:
         return 1 + max((block.layer for block in self.blocks), default=-1)
 
-    def linears(self) -> dict[str, WeightRef]:
-        """Every matrix a weight format may store, by checkpoint name."""
-        refs = {ref.name: ref for ref in self.head.linear.parts}
-        for block in self.blocks:
-            specs = (
-                (block.qkv, block.out)
-                if isinstance(block, AttentionBlock)
-                else (block.gate_up, block.down)
-            )
-            refs |= {ref.name: ref for spec in specs for ref in spec.parts}
-        return refs
+    def linears(self) -> tuple[WeightRef, ...]:
+        """Every matrix a weight format may store, once each."""
+        specs = [
+            self.head.linear,
+            *(spec for block in self.blocks for spec in block_linears(block)),
+        ]
+        return tuple(dict.fromkeys(ref for spec in specs for ref in spec.parts))
+
+
+def block_linears(block: Block) -> tuple[LinearSpec, ...]:
+    """A block's linears, in the order in which they run; experts in their own order."""
+    match block:
+        case AttentionBlock():
+            return block.qkv, block.out
+        case MlpBlock():
+            return block.gate_up, block.down
+        case LinearBlock():
+            return (block.linear,)
+        case ExpertsBlock():
+            experts = (*block.experts, *(() if block.shared is None else (block.shared,)))
+            inner = tuple(spec for expert in experts for spec in (expert.gate_up, expert.down))
+            gate = () if block.shared_gate is None else (block.shared_gate,)
+            return (block.router, *gate, *inner)
+
+
+def block_norms(block: Block) -> tuple[NormSpec, ...]:
+    """A block's norms."""
+    norms = [block.norm, block.post_norm]
+    if isinstance(block, AttentionBlock):
+        norms += [block.q_norm, block.k_norm]
+    return tuple(norm for norm in norms if norm is not None)

@@ -478,7 +478,7 @@ def _resolve(
 def _stored_type(model: LoadedModel) -> str:
     """The type in which the checkpoint stores most of its matrices."""
     sizes: dict[str, int] = {}
-    for name in model.graph.linears():
+    for name in {ref.name for ref in model.graph.linears()}:
         info = model.weights.info(name)
         sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + info.num_bytes
     return max(sizes, key=lambda name: sizes[name])
@@ -499,5 +499,5 @@ def _check_whole(name: str, value: Any, high: int) -> None:
 def _weight_bytes(model: LoadedModel, plan: ResolvedPlan) -> int:
     """Bytes of all weights as the plan stores them."""
     bits = plan.one("weight_formats").grid.bits_per_weight
-    refs = model.graph.linears() | {model.graph.embedding.weight.name: model.graph.embedding.weight}
-    return sum(int(np.prod(ref.shape) * bits) // 8 for ref in refs.values())
+    refs = {*model.graph.linears(), model.graph.embedding.weight}
+    return sum(int(np.prod(ref.shape) * bits) // 8 for ref in refs)

@@ -11,7 +11,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vivace.blocks import AttentionBlock, LinearSpec, ModelGraph, NormSpec, WeightRef
+from vivace.blocks import (
+    AttentionBlock,
+    Block,
+    LinearSpec,
+    ModelGraph,
+    NormSpec,
+    WeightRef,
+    block_linears,
+    block_norms,
+)
 from vivace.errors import BadFile, ModelNotFound, UnsupportedModel
 from vivace.models import graph_from_config
 from vivace.models.config import Config, show
@@ -205,18 +214,24 @@ def weight_refs(graph: ModelGraph) -> Iterator[WeightRef]:
     if graph.embedding.positions is not None:
         yield graph.embedding.positions
     for block in graph.blocks:
-        if isinstance(block, AttentionBlock):
-            linears, inner = (block.qkv, block.out), (block.q_norm, block.k_norm)
-            if block.sinks is not None:
-                yield block.sinks
-        else:
-            linears, inner = (block.gate_up, block.down), ()
-        for norm in (block.norm, block.post_norm, *inner):
-            yield from _norm_refs(norm)
-        for linear in linears:
-            yield from _linear_refs(linear)
+        yield from _block_refs(block)
     yield from _norm_refs(graph.head.norm)
     yield from _linear_refs(graph.head.linear)
+    for head in graph.next_token_heads:
+        for norm in (head.hidden_norm, head.token_norm, head.norm):
+            yield from _norm_refs(norm)
+        yield from _linear_refs(head.projection)
+        for block in head.blocks:
+            yield from _block_refs(block)
+
+
+def _block_refs(block: Block) -> Iterator[WeightRef]:
+    if isinstance(block, AttentionBlock) and block.sinks is not None:
+        yield block.sinks
+    for norm in block_norms(block):
+        yield from _norm_refs(norm)
+    for linear in block_linears(block):
+        yield from _linear_refs(linear)
 
 
 def _norm_refs(norm: NormSpec | None) -> Iterator[WeightRef]:

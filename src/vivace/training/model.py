@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivace.blocks import AttentionBlock, ModelGraph
+from vivace.blocks import ModelGraph, block_linears
 from vivace.training.recipe import Recipe
 
 __all__ = ["initial_weights", "model_config"]
@@ -41,11 +41,7 @@ def initial_weights(graph: ModelGraph, seed: int) -> dict[str, Tensor]:
     assert graph.head.norm is not None
     norms = [graph.head.norm]
     for block in graph.blocks:
-        inner, outer = (
-            (block.qkv, block.out)
-            if isinstance(block, AttentionBlock)
-            else (block.gate_up, block.down)
-        )
+        inner, outer = block_linears(block)  # of an attention or a plain MLP
         for part in inner.parts:
             weights[part.name] = normal(part.shape, 1 / math.sqrt(inner.in_features))
         for part in outer.parts:

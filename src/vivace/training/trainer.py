@@ -44,7 +44,7 @@ class Trainer:
         for weight in self.weights.values():
             weight.requires_grad_(True)
         self.model = TorchModel(self.graph, self.weights)
-        hidden = set(self.graph.linears()) - {self.graph.embedding.weight.name}
+        hidden = {ref.name for ref in self.graph.linears()} - {self.graph.embedding.weight.name}
         self.optimizer = Optimizer(self.weights, hidden)
         self.step = self.num_tokens = 0
         if is_resumed and self._checkpoint_path.exists():
