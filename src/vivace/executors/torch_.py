@@ -13,7 +13,10 @@ from vivace.blocks import (
     Activation,
     AttentionBlock,
     Block,
+    Expert,
+    ExpertsBlock,
     LayerGroup,
+    LinearBlock,
     LinearSpec,
     MlpBlock,
     ModelGraph,
@@ -23,6 +26,7 @@ from vivace.blocks import (
 )
 from vivace.errors import UnsupportedModel
 from vivace.executors.torch_attention import PagedCache, paged_attend
+from vivace.executors.torch_experts import combine_experts
 from vivace.models.rope import rope_table
 from vivace.techniques.kv_stores.base import KVStore
 from vivace.techniques.weight_formats.base import WeightFormat
@@ -79,10 +83,15 @@ class TorchModel:
     ) -> Tensor:
         """One block with its norms and its residual: [N, hidden] -> [N, hidden]."""
         x = hidden if block.norm is None else self.norm(block.norm, hidden)
-        if isinstance(block, AttentionBlock):
-            x = self._attention(block, x, rotations, attend)
-        else:
-            x = self._mlp(block, x)
+        match block:
+            case AttentionBlock():
+                x = self._attention(block, x, rotations, attend)
+            case MlpBlock():
+                x = self._mlp(block, block.activation, x)
+            case LinearBlock():
+                (x,) = self._linears(block.linear, x)
+            case ExpertsBlock():
+                x = self._experts(block, x)
         if block.post_norm is not None:
             x = self.norm(block.post_norm, x)
         return hidden + (x if block.residual_scale == 1.0 else x * block.residual_scale)
@@ -142,11 +151,25 @@ class TorchModel:
         (out,) = self._linears(block.out, attend(block, q, k, v).flatten(1))
         return out
 
-    def _mlp(self, block: MlpBlock, x: Tensor) -> Tensor:
-        parts = self._linears(block.gate_up, x)
-        inner = _activate(block.activation, parts[0])
-        (out,) = self._linears(block.down, inner * parts[1] if block.is_gated else inner)
+    def _mlp(self, spec: MlpBlock | Expert, activation: Activation, x: Tensor) -> Tensor:
+        parts = self._linears(spec.gate_up, x)
+        inner = _activate(activation, parts[0])
+        (out,) = self._linears(spec.down, inner * parts[1] if spec.is_gated else inner)
         return out
+
+    def _experts(self, block: ExpertsBlock, x: Tensor) -> Tensor:
+        def run(expert: Expert, rows: Tensor) -> Tensor:
+            return self._mlp(expert, block.activation, rows)
+
+        (logits,) = self._linears(block.router, x)
+        out = combine_experts(block, x, logits, run)
+        if block.shared is None:
+            return out
+        shared = run(block.shared, x)
+        if block.shared_gate is not None:
+            (gate,) = self._linears(block.shared_gate, x)
+            shared = torch.sigmoid(gate) * shared
+        return out + shared
 
     def _heads(self, spec: NormSpec | None, x: Tensor, num_heads: int) -> Tensor:
         """Split into heads: [N, heads * D] -> [N, heads, D], with a norm per head or over all."""

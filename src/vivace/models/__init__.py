@@ -1,4 +1,4 @@
-"""Model families by file name: a file's stem is the `model_type` that it reads."""
+"""Model families by file name: a file's stem is the `model_type` that it reads, dashes as `_`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from vivace.blocks import ModelGraph
 from vivace.errors import UnsupportedModel
 from vivace.models.config import Config
 
-__all__ = ["families", "graph_from_config"]
+__all__ = ["families", "graph_from_config", "name_prefix"]
 
 # Files of this package that are not families.
 _OTHERS = frozenset(
     {"config", "control_tokens", "detokenizer", "formats", "loading", "location"}
     | {"rope", "sandbox", "templates", "tokenizer"}
 )
-# Fields that change what a model computes, with the values at which they change nothing.
+# Fields that change what a model computes, with the values at which they change nothing: refused
+# where the family has not read them.
 _NEUTRAL = {
     "pretraining_tp": (None, 1),
     "quantization_config": (None,),
@@ -34,6 +35,10 @@ _NEUTRAL = {
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
     "attention_sinks": (None, False),
+    "clip_qkv": (None,),
+    "use_bidirectional_attention": (None, False),
+    "sparse_config": (None,),
+    "block_configs": (None,),
     "per_layer_config": (None,),
 }
 
@@ -51,9 +56,9 @@ def graph_from_config(config: Config) -> ModelGraph:
     a wrong value.
     """
     family = _family(config)
+    graph = _module(family).graph(config)
     for name, neutral in _NEUTRAL.items():
-        value = config.values.get(name)
-        if value not in neutral:
+        if name not in config.names_read and config.values.get(name) not in neutral:
             if name == "quantization_config":
                 advice = "use the unquantized checkpoint"
             else:
@@ -61,7 +66,12 @@ def graph_from_config(config: Config) -> ModelGraph:
             raise UnsupportedModel(
                 f"{config.source}: field '{name}' is not supported by '{family}': {advice}"
             )
-    return _module(family).graph(config)
+    return graph
+
+
+def name_prefix(family: str) -> str:
+    """What may stand before the tensor names of a family's checkpoints; often nothing."""
+    return getattr(_module(family), "NAME_PREFIX", "")
 
 
 def _module(family: str) -> types.ModuleType:
@@ -80,8 +90,8 @@ def _family(config: Config) -> str:
                 f"{config.source}: names no model_type: expected one of {', '.join(known)}"
             )
         return found[0]
-    if name in known:
-        return name
+    if name.replace("-", "_") in known:
+        return name.replace("-", "_")
     needs_code = " (it would run the checkpoint's own code)" if config.has("auto_map") else ""
     raise UnsupportedModel(
         f"{config.source}: model_type '{name}' is not supported{needs_code}: "

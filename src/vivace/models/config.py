@@ -31,9 +31,15 @@ class Config:
     def __init__(self, values: Mapping[str, Any], source: str = "config.json") -> None:
         self.values = values
         self.source = source
+        self.names_read: set[str] = set()
 
     def has(self, name: str) -> bool:
+        self.names_read.add(name)
         return self.values.get(name) is not None
+
+    def is_null(self, name: str) -> bool:
+        """Whether the field is there as `null`, where that means more than its absence."""
+        return not self.has(name) and name in self.values
 
     def bad(self, name: str, wanted: str) -> BadFile:
         """The error for a field: what it is and what was expected."""
@@ -42,6 +48,7 @@ class Config:
         return BadFile(f"{self.source}: field '{name}' {is_there}: expected {wanted}")
 
     def _value(self, name: str, default: Any, wanted: str) -> Any:
+        self.names_read.add(name)
         value = self.values.get(name)
         if value is not None:
             return value
@@ -87,6 +94,19 @@ class Config:
             items.number(name)
         return tuple(float(item) for item in value)
 
+    def integers(self, name: str, low: int = 0) -> tuple[int, ...] | None:
+        """A list of whole numbers from `low`, or None where there is none."""
+        wanted = f"a list of whole numbers from {low}"
+        value = self._value(name, None, wanted)
+        if value is None:
+            return None
+        if not isinstance(value, list):
+            raise self.bad(name, wanted)
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, int) or not low <= item <= _LARGEST:
+                raise self.bad(name, wanted)
+        return tuple(value)
+
     def boolean(self, name: str, default: Any = False) -> Any:
         value = self._value(name, default, "true or false")
         if value is not default and not isinstance(value, bool):
@@ -107,6 +127,24 @@ class Config:
         if not isinstance(value, Mapping):
             raise self.bad(name, "an object")
         return Config(value, f"{self.source}: {name}")
+
+    def required_section(self, name: str) -> Config:
+        """A nested object that must be there."""
+        section = self.section(name)
+        if section is None:
+            raise self.bad(name, "an object")
+        return section
+
+    def sections(self, name: str, count: int) -> tuple[Config, ...]:
+        """A list of `count` nested objects."""
+        wanted = f"a list of {count} objects"
+        value = self._value(name, REQUIRED, wanted)
+        is_list = isinstance(value, list) and len(value) == count
+        if not is_list or not all(isinstance(item, Mapping) for item in value):
+            raise self.bad(name, wanted)
+        return tuple(
+            Config(item, f"{self.source}: {name}[{index}]") for index, item in enumerate(value)
+        )
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """A token id or a list of them; empty where there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from vivace.blocks import (
     block_norms,
 )
 from vivace.errors import BadFile, ModelNotFound, UnsupportedModel
-from vivace.models import graph_from_config
+from vivace.models import graph_from_config, name_prefix
 from vivace.models.config import Config, show
 from vivace.models.formats.safetensors import SafetensorsFile, TensorInfo
 from vivace.models.formats.strict_json import read_object
@@ -38,29 +39,51 @@ MAX_CONFIG_BYTES = 2**20
 _SMALL_MODEL_BYTES = 64 * 2**20
 _SMALL_TENSOR_BYTES = 2**20
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+# Tensors of a model's layers or its head's bias; the layers of heads for further tokens are not.
+_USED = re.compile(r"(model\.)?(layers|h)\.\d+\.|lm_head\.bias$")
+# Causal masks and rotary frequencies that old checkpoints store.
+_DERIVED = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
 class Weights(Mapping[str, np.ndarray]):
-    """Checkpoint tensors by name, as read-only views of the mapped files."""
+    """Checkpoint tensors by name, as read-only views of the mapped files.
 
-    def __init__(self, files: list[SafetensorsFile]) -> None:
-        self._files = {name: file for file in files for name in file.tensors}
+    Args:
+        files: the shards.
+        prefix: left out of the names that start with it.
+    Raises:
+        BadFile: a name is there with and without the prefix.
+    """
+
+    def __init__(self, files: list[SafetensorsFile], prefix: str = "") -> None:
+        self._stored: dict[str, tuple[SafetensorsFile, str]] = {}
+        for file in files:
+            for stored in file.tensors:
+                name = stored.removeprefix(prefix)
+                if name in self._stored:
+                    raise BadFile(
+                        f"{file.path}: tensor {show(name)} is there with '{prefix}' and without: "
+                        "expected one of the two"
+                    )
+                self._stored[name] = file, stored
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].array(name)
+        file, stored = self._stored[name]
+        return file.array(stored)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._stored)
 
     def info(self, name: str) -> TensorInfo:
-        return self._files[name].tensors[name]
+        file, stored = self._stored[name]
+        return file.tensors[stored]
 
     def path(self, name: str) -> Path:
-        return self._files[name].path
+        return self._stored[name][0].path
 
     def check_finite(self, names: list[str]) -> None:
         """Search tensors for NaN and infinity. Raises `BadFile` that names the first."""
@@ -126,7 +149,7 @@ def load_model(location: str | Path) -> LoadedModel:
     for fields in (config, generation):
         for name in ("eos_token_id", "bos_token_id"):
             fields.token_ids(name)
-    weights = Weights(_open_files(path))
+    weights = Weights(_open_files(path), name_prefix(graph.family))
     _check_weights(path, graph, weights)
     return LoadedModel(path, graph, weights, config, generation)
 
@@ -278,7 +301,7 @@ def _stored_shapes(graph: ModelGraph) -> dict[str, tuple[int, ...]]:
 
 def _would_matter(name: str) -> bool:
     """Whether a tensor that the graph does not use would change the output if it were used."""
-    return name.startswith("model.layers.") and not name.endswith("rotary_emb.inv_freq")
+    return bool(_USED.match(name)) and not _DERIVED.search(name)
 
 
 def _check_tensor(weights: Weights, name: str, shape: tuple[int, ...]) -> None:

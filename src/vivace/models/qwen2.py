@@ -1,17 +1,19 @@
 """Qwen2 and Qwen2.5: Llama with biases on query, key and value, and windows in the upper layers."""
 
-from vivace.blocks import ModelGraph
-from vivace.models._llama_like import llama_like_graph, windows
+from vivace.blocks import Block, ModelGraph
+from vivace.models._decoder import Decoder, Heads
+from vivace.models._windows import upper_windows
 from vivace.models.config import Config
+from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
 
 
 def graph(config: Config) -> ModelGraph:
-    return llama_like_graph(
-        config,
-        "qwen2",
-        head_dim=config.integer("head_dim", None, high=4096),
-        qkv_bias=True,
-        layer_windows=windows(config),
-    )
+    model, heads = Decoder.of(config, "qwen2"), Heads.of(config)
+    windows = upper_windows(config)
+    blocks: list[Block] = []
+    for layer in range(model.num_layers):
+        blocks.append(model.attention(layer, heads, window=windows[layer], qkv_bias=True))
+        blocks.append(model.mlp(layer))
+    return model.graph(blocks, [rope_spec(config, heads.head_dim)])

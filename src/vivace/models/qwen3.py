@@ -1,20 +1,22 @@
 """Qwen3: a head size of its own, norms on each head's query and key, optional biases, windows."""
 
-from vivace.blocks import ModelGraph
-from vivace.models._llama_like import llama_like_graph, windows
+from vivace.blocks import Block, ModelGraph
+from vivace.models._decoder import Decoder, Heads
+from vivace.models._windows import upper_windows
 from vivace.models.config import Config
+from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 
 
 def graph(config: Config) -> ModelGraph:
-    has_bias = config.boolean("attention_bias")
-    return llama_like_graph(
-        config,
-        "qwen3",
-        head_dim=config.integer("head_dim", 128, high=4096),
-        qkv_bias=has_bias,
-        out_bias=has_bias,
-        head_norms=True,
-        layer_windows=windows(config),
-    )
+    model, heads = Decoder.of(config, "qwen3"), Heads.of(config, head_dim=128)
+    windows, has_bias = upper_windows(config), config.boolean("attention_bias")
+    blocks: list[Block] = []
+    for layer in range(model.num_layers):
+        attention = model.attention(
+            layer, heads, window=windows[layer], qkv_bias=has_bias, out_bias=has_bias
+        )
+        blocks.append(model.with_qk_norms(attention))
+        blocks.append(model.mlp(layer))
+    return model.graph(blocks, [rope_spec(config, heads.head_dim)])

@@ -71,17 +71,31 @@ def _inverse_frequencies(base: float | np.ndarray, dim: int) -> np.ndarray:
 # ---------------------------------------------------------------- from a config
 
 
-def rope_spec(config: Config, head_dim: int) -> RopeSpec:
+def rope_spec(
+    config: Config,
+    head_dim: int,
+    base: float = _DEFAULT_BASE,
+    *,
+    base_field: str = "rope_theta",
+    parameters: Config | None = None,
+) -> RopeSpec:
     """The rotary embedding that a config asks for, in the old or the new spelling.
 
     New: `rope_parameters` holds everything. Old: `rope_theta` beside `rope_scaling`, whose kind is
     called `rope_type` or `type`. Kinds and formulas are those of transformers' rope parameters.
 
-    Raises `UnsupportedModel` for an unknown kind, `BadFile` for a wrong value.
+    Args:
+        head_dim: of which a share, by default all, is rotated.
+        base: where the config does not say.
+        base_field: the name of the base in the old spelling.
+        parameters: the object that holds the rope's fields; None: the one of the whole model.
+    Raises:
+        UnsupportedModel: a kind that is not known.
+        BadFile: a wrong value.
     """
-    parameters = _parameters(config)
+    parameters = _parameters(config) if parameters is None else parameters
     kind = _kind(parameters)
-    outer_base = config.number("rope_theta", _DEFAULT_BASE, high=_LARGEST_BASE)
+    outer_base = config.number(base_field, base, high=_LARGEST_BASE)
     base = parameters.number("rope_theta", outer_base, high=_LARGEST_BASE)
     outer_share = config.number("partial_rotary_factor", 1.0, high=1.0)
     share = parameters.number("partial_rotary_factor", outer_share, high=1.0)
@@ -224,8 +238,10 @@ def _longrope(config: Config, parameters: Config, base: float, dim: int) -> Rope
         plain / np.asarray(parameters.numbers(name, dim // 2), np.float32)
         for name in ("short_factor", "long_factor")
     )
-    bands = ((original, tuple(long.tolist()), attention_factor),)
-    return RopeSpec(tuple(short.tolist()), attention_factor, bands=bands)
+    short_scale = parameters.number("short_mscale", attention_factor)
+    long_scale = parameters.number("long_mscale", attention_factor)
+    bands = ((original, tuple(long.tolist()), long_scale),)
+    return RopeSpec(tuple(short.tolist()), short_scale, bands=bands)
 
 
 def _llama3(config: Config, parameters: Config, base: float, dim: int) -> RopeSpec:
@@ -248,5 +264,6 @@ _KINDS: dict[str, Callable[[Config, Config, float, int], RopeSpec]] = {
     "dynamic": _dynamic,
     "yarn": _yarn,
     "longrope": _longrope,
+    "su": _longrope,  # its first name
     "llama3": _llama3,
 }
