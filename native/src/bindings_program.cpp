@@ -147,7 +147,7 @@ class BoundProgram {
     block.has_shared_gate = !shared_gate.is_none();
     if (block.has_shared_gate) {
       const Linear gate = bind(spec.attr("shared_gate"), shared_gate);
-      check_linear(gate, block.in.in_features, "shared_gate");
+      check_linear(gate, program_.hidden_size(), "shared_gate");
       block.in.parts.insert(block.in.parts.end(), gate.parts.begin(), gate.parts.end());
     }
     const nb::object specs = spec.attr("experts");
