@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,21 +12,44 @@ from vivace.blocks import (
     Activation,
     AttentionBlock,
     EmbeddingSpec,
+    Expert,
+    ExpertsBlock,
     HeadSpec,
     LayerGroup,
+    LinearBlock,
     LinearSpec,
     MlpBlock,
     ModelGraph,
     NormKind,
     NormSpec,
     RopeSpec,
+    Routing,
     WeightRef,
 )
 from vivace.executors.native import NativeExecutor
 from vivace.plan import Plan, resolve
 from vivace.types import GroupRows, Mask, Segment, Span, Step, Wants
 
-__all__ = ["Builder", "CachedSequence", "executor", "llama", "run", "step_of"]
+__all__ = [
+    "Builder",
+    "CachedSequence",
+    "bits",
+    "executor",
+    "llama",
+    "mixture",
+    "run",
+    "sequence_of",
+    "step_of",
+    "tokens_of",
+]
+
+
+def bits(array: np.ndarray) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
+
+
+def tokens_of(count: int, vocab: int = 97, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab, count).astype(np.int32)
 
 
 @dataclass
@@ -50,6 +73,40 @@ class Builder:
     def norm(self, size: int, kind: NormKind = NormKind.RMS, **options) -> NormSpec:
         bias = self.tensor(size, spread=0.3) if kind is NormKind.LAYER else None
         return NormSpec(kind, self.tensor(size, spread=0.2, center=1.0), 1e-5, bias, **options)
+
+    def expert(self, hidden: int, inner: int, *, gated: bool, bias: bool = False) -> Expert:
+        rows = (inner, inner) if gated else (inner,)
+        return Expert(self.linear(hidden, *rows, bias=bias), self.linear(inner, hidden, bias=bias))
+
+    def experts(
+        self,
+        hidden: int = 48,
+        *,
+        num_experts: int = 7,
+        num_active: int = 3,
+        inner: int = 20,
+        gated: bool = True,
+        bias: bool = False,
+        shared: int = 0,
+        shared_gate: bool = False,
+        layer: int = 0,
+        activation: Activation = Activation.SILU,
+        **options,
+    ) -> ExpertsBlock:
+        """Routed MLPs, with one of inner size `shared` that all rows visit unless that is 0."""
+        return ExpertsBlock(
+            layer=layer,
+            router=self.linear(hidden, num_experts, bias=bias),
+            experts=tuple(
+                self.expert(hidden, inner, gated=gated, bias=bias) for _ in range(num_experts)
+            ),
+            num_active=num_active,
+            activation=activation,
+            norm=self.norm(hidden),
+            shared=self.expert(hidden, shared, gated=gated, bias=bias) if shared else None,
+            shared_gate=self.linear(hidden, 1, bias=bias) if shared_gate else None,
+            **options,
+        )
 
 
 def llama(
@@ -105,6 +162,20 @@ def llama(
     return graph, make.weights
 
 
+def mixture(hidden: int = 48, **options) -> tuple[ModelGraph, dict[str, np.ndarray]]:
+    """A `llama` whose MLPs are experts of all routings, or a single linear."""
+    graph, weights = llama(hidden=hidden, layers=4, **options)
+    make = Builder(1, weights)
+    others = (
+        make.experts(hidden, num_experts=9, num_active=8, shared=33, shared_gate=True, layer=0),
+        make.experts(hidden, routing=Routing.SPARSE_MIXER, jitter=0.3, bias=True, layer=1),
+        LinearBlock(2, make.linear(hidden, hidden), make.norm(hidden), make.norm(hidden), 0.5),
+        make.experts(hidden, routing=Routing.SOFTMAX_CHOSEN, gated=False, shared=7, layer=3),
+    )
+    blocks = (block for pair in zip(graph.blocks[::2], others, strict=True) for block in pair)
+    return replace(graph, blocks=tuple(blocks)), weights
+
+
 def executor(
     graph: ModelGraph,
     weights: Mapping[str, np.ndarray],
@@ -144,6 +215,13 @@ class CachedSequence:
         return self.block_ids[entries // self.block_size].astype(np.int64) * self.block_size + (
             entries % self.block_size
         )
+
+
+def sequence_of(
+    count: int, *, block_size: int = 16, seed: int = 1, blocks: int = 64
+) -> CachedSequence:
+    ids = np.random.default_rng(seed).permutation(blocks)[: -(-count // block_size)]
+    return CachedSequence.of(tokens_of(count, seed=seed), ids, block_size)
 
 
 def step_of(

@@ -10,16 +10,21 @@ import numpy as np
 from vivace.blocks import (
     Activation,
     AttentionBlock,
+    Expert,
+    ExpertsBlock,
+    LinearBlock,
     LinearSpec,
+    MlpBlock,
     ModelGraph,
     NormKind,
     NormSpec,
+    Routing,
     WeightRef,
 )
 from vivace.models.rope import rope_table
 from vivace.types import Mask
 
-__all__ = ["attention", "forward"]
+__all__ = ["attention", "forward", "route"]
 
 Weights = Mapping[str, np.ndarray]
 
@@ -40,16 +45,15 @@ def forward(
     states = []
     for block in graph.blocks:
         x = _norm(weights, block.norm, h)
-        if isinstance(block, AttentionBlock):
-            x = _attention(graph, weights, block, x, positions, mask, keep)
-        else:
-            x = _linear(weights, block.gate_up, x)
-            if block.is_gated:
-                gate, up = np.split(x, 2, axis=-1)
-                x = _activate(block.activation, gate) * up
-            else:
-                x = _activate(block.activation, x)
-            x = _linear(weights, block.down, x)
+        match block:
+            case AttentionBlock():
+                x = _attention(graph, weights, block, x, positions, mask, keep)
+            case MlpBlock():
+                x = _mlp(weights, block, block.activation, x)
+            case LinearBlock():
+                x = _linear(weights, block.linear, x)
+            case ExpertsBlock():
+                x = _experts(weights, block, x)
         h = h + block.residual_scale * _norm(weights, block.post_norm, x)
         states.append(h)
     head = graph.head
@@ -116,6 +120,48 @@ def attention(
         lse = (high + np.log(total))[..., 0]
     weights = weights[..., : v.shape[0]]
     return np.einsum("nhm,mhd->nhd", weights, v), lse, weights
+
+
+def _mlp(weights: Weights, mlp: MlpBlock | Expert, activation: Activation, x: np.ndarray):
+    gate, *up = np.split(_linear(weights, mlp.gate_up, x), len(mlp.gate_up.parts), axis=-1)
+    gate = _activate(activation, gate)
+    return _linear(weights, mlp.down, gate * up[0] if up else gate)
+
+
+def _experts(weights: Weights, block: ExpertsBlock, x: np.ndarray) -> np.ndarray:
+    out = np.zeros_like(x)
+    for row, logits in enumerate(_linear(weights, block.router, x)):
+        for index, weight in route(block, logits):
+            one = x[row : row + 1]
+            out[row] += weight * _mlp(weights, block.experts[index], block.activation, one)[0]
+    if block.shared is not None:
+        shared = _mlp(weights, block.shared, block.activation, x)
+        if block.shared_gate is not None:
+            shared = shared / (1 + np.exp(-_linear(weights, block.shared_gate, x)))
+        out += shared
+    return out
+
+
+def route(block: ExpertsBlock, logits: np.ndarray) -> list[tuple[int, float]]:
+    """The experts that a row visits and their weights, in order of rank."""
+    ranked = np.argsort(-logits, kind="stable")[: block.num_active]
+    shares = np.exp(logits - logits.max())
+    match block.routing:
+        case Routing.SOFTMAX:
+            shares = shares[ranked] / shares.sum()
+        case Routing.SOFTMAX_CHOSEN:
+            shares = shares[ranked] / shares[ranked].sum()
+        case Routing.SPARSE_MIXER:
+            left, chosen = np.ones(len(logits), bool), []
+            for index in ranked:
+                top = logits[index]
+                with np.errstate(invalid="ignore"):  # 0 / 0, which is no distance
+                    distance = (top - logits) / np.maximum(np.abs(logits), top)
+                near = left & ~(distance > 2 * block.jitter)
+                chosen.append(1 / np.exp(logits[near] - top).sum())
+                left[index] = False
+            shares = np.array(chosen)
+    return list(zip(ranked.tolist(), shares.tolist(), strict=True))
 
 
 def _rotate(x, cos, sin, is_interleaved):

@@ -43,6 +43,13 @@ Activation find_activation(const std::string& name) {
   throw NativeError("the native executor has no activation '" + name + "'");
 }
 
+Routing find_routing(const std::string& name) {
+  if (name == "softmax") return Routing::softmax;
+  if (name == "softmax_chosen") return Routing::softmax_chosen;
+  if (name == "sparse_mixer") return Routing::sparse_mixer;
+  throw NativeError("the native executor has no routing '" + name + "'");
+}
+
 NormKind find_norm_kind(const std::string& name) {
   if (name == "rms") return NormKind::rms;
   if (name == "layer") return NormKind::layer;

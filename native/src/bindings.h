@@ -41,6 +41,7 @@ std::shared_ptr<Pool> shared_pool(std::optional<int> threads);
 const Kernels& find_kernels(const std::optional<std::string>& isa);
 KVType find_kv_type(const std::string& name);
 Activation find_activation(const std::string& name);
+Routing find_routing(const std::string& name);
 NormKind find_norm_kind(const std::string& name);
 
 // Arrays of one step that must live as long as it runs.

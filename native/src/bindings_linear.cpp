@@ -59,10 +59,12 @@ class Linear {
  public:
   Linear(const std::string& format, int32_t K, std::vector<Bytes> weights,
          std::vector<nb::object> biases, const std::string& isa, int threads)
-      : kernels_(select_kernels(isa.c_str())), pool_(threads), weights_(std::move(weights)) {
-    op_.format = format_from_name(format.c_str());
-    op_.K = K;
-    size_t row = static_cast<size_t>(K) * weight_bytes(op_.format);
+      : kernels_(select_kernels(isa.c_str())),
+        pool_(threads),
+        format_(format_from_name(format.c_str())),
+        K_(K),
+        weights_(std::move(weights)) {
+    size_t row = static_cast<size_t>(K) * weight_bytes(format_);
     if (K < 1 || biases.size() != weights_.size())
       throw std::invalid_argument("expected K >= 1 and one bias, or None, per weight");
     for (size_t i = 0; i < weights_.size(); ++i) {
@@ -81,15 +83,13 @@ class Linear {
       parts_.push_back({weights_[i].data(), bias, rows});
       rows_ += rows;
     }
-    op_.parts = parts_.data();
-    op_.num_parts = static_cast<int32_t>(parts_.size());
   }
 
   // x [M, K] -> y [M, sum of rows]
   Output call(const Matrix& x) {
-    if (x.shape(1) != static_cast<size_t>(op_.K))
+    if (x.shape(1) != static_cast<size_t>(K_))
       throw std::invalid_argument("x has " + std::to_string(x.shape(1)) + " columns: expected " +
-                                  std::to_string(op_.K));
+                                  std::to_string(K_));
     const size_t M = x.shape(0);
     auto* y = new float[std::max<size_t>(M * static_cast<size_t>(rows_), 1)];
     nb::capsule owner(y, [](void* p) noexcept { delete[] static_cast<float*>(p); });
@@ -106,7 +106,7 @@ class Linear {
     nb::gil_scoped_release release;
     size_t in = 0, out = 0;
     for (const Linear* one : linears) {
-      in = std::max(in, input_bytes(one->op_.format, one->op_.K));
+      in = std::max(in, input_bytes(one->format_, one->K_));
       out = std::max(out, static_cast<size_t>(one->rows_));
     }
     auto x = make_aligned<char>(static_cast<size_t>(M) * in);
@@ -115,8 +115,7 @@ class Linear {
     std::vector<double> seconds;
     for (int i = 0; i < repeats; ++i) {
       auto start = Clock::now();
-      for (const Linear* one : linears)
-        linear(one->kernels_, linears[0]->pool_, one->op_, x.get(), M, y.get(), one->rows_);
+      for (const Linear* one : linears) one->multiply(linears[0]->pool_, x.get(), M, y.get());
       seconds.push_back(seconds_since(start));
     }
     return seconds;
@@ -124,20 +123,26 @@ class Linear {
 
  private:
   void run(const float* x, int32_t M, float* y) {
-    const size_t stride = input_bytes(op_.format, op_.K);
+    const size_t stride = input_bytes(format_, K_);
     auto prepared = make_aligned<char>(static_cast<size_t>(M) * stride);
     pool_.parallel(M, [&](int64_t m, int) {
-      prepare_input(kernels_, op_.format, op_.K, x + m * op_.K, prepared.get() + m * stride);
+      prepare_input(kernels_, format_, K_, x + m * K_, prepared.get() + m * stride);
     });
-    linear(kernels_, pool_, op_, prepared.get(), M, y, rows_);
+    multiply(pool_, prepared.get(), M, y);
+  }
+
+  void multiply(Pool& pool, const void* x, int32_t M, float* y) const {
+    LinearJob job = {parts_.data(), static_cast<int32_t>(parts_.size()), K_, x, M, y, rows_};
+    linear(kernels_, pool, format_, &job, 1);
   }
 
   const Kernels& kernels_;
   Pool pool_;
+  Format format_;
+  int32_t K_;
   std::vector<Bytes> weights_;
   std::vector<Vector> biases_;
   std::vector<LinearPart> parts_;
-  LinearOp op_{};
   int64_t rows_ = 0;
 };
 

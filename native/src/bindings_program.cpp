@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "bindings.h"
+#include "check.h"
 
 namespace vivace {
 
@@ -98,7 +99,7 @@ class BoundProgram {
 
   void set_head(nb::handle spec, nb::handle linear, nb::handle norm) {
     Head head;
-    head.linear = bind(linear, attribute<int>(spec.attr("linear"), "in_features"));
+    head.linear = bind(spec.attr("linear"), linear);
     head.norm = bind_norm(spec.attr("norm"), norm);
     head.scale = attribute<float>(spec, "scale");
     head.soft_cap = float_or_zero(spec.attr("soft_cap"));
@@ -107,8 +108,9 @@ class BoundProgram {
 
   void add_attention(nb::handle spec, nb::handle qkv, nb::handle out, nb::handle norm,
                      nb::handle post_norm, nb::handle q_norm, nb::handle k_norm, nb::handle sinks) {
-    Block block = bind_block(spec, "qkv", qkv, "out", out, norm, post_norm);
-    block.is_attention = true;
+    Block block = bind_block(BlockKind::attention, spec, norm, post_norm);
+    block.in = bind(spec.attr("qkv"), qkv);
+    block.out = bind(spec.attr("out"), out);
     block.num_heads = attribute<int>(spec, "num_heads");
     block.num_kv_heads = attribute<int>(spec, "num_kv_heads");
     block.head_dim = attribute<int>(spec, "head_dim");
@@ -125,9 +127,39 @@ class BoundProgram {
 
   void add_mlp(nb::handle spec, nb::handle gate_up, nb::handle down, nb::handle norm,
                nb::handle post_norm) {
-    Block block = bind_block(spec, "gate_up", gate_up, "down", down, norm, post_norm);
-    block.is_gated = attribute<bool>(spec, "is_gated");
+    Block block = bind_block(BlockKind::mlp, spec, norm, post_norm);
+    block.experts.push_back(bind_expert(spec, gate_up, down));
     block.activation = find_activation(text(spec.attr("activation")));
+    program_.add_block(std::move(block));
+  }
+
+  void add_linear(nb::handle spec, nb::handle linear, nb::handle norm, nb::handle post_norm) {
+    Block block = bind_block(BlockKind::linear, spec, norm, post_norm);
+    block.out = bind(spec.attr("linear"), linear);
+    program_.add_block(std::move(block));
+  }
+
+  // `experts` is a list of (gate_up, down), `shared` one of them or None.
+  void add_experts(nb::handle spec, nb::handle router, nb::handle shared_gate, nb::list experts,
+                   nb::handle shared, nb::handle norm, nb::handle post_norm) {
+    Block block = bind_block(BlockKind::experts, spec, norm, post_norm);
+    block.in = bind(spec.attr("router"), router);
+    block.has_shared_gate = !shared_gate.is_none();
+    if (block.has_shared_gate) {
+      const Linear gate = bind(spec.attr("shared_gate"), shared_gate);
+      check_linear(gate, program_.hidden_size(), "shared_gate");
+      block.in.parts.insert(block.in.parts.end(), gate.parts.begin(), gate.parts.end());
+    }
+    const nb::object specs = spec.attr("experts");
+    for (size_t i = 0; i < experts.size(); ++i)
+      block.experts.push_back(bind_expert(specs[i], experts[i][0], experts[i][1]));
+    block.has_shared = !shared.is_none();
+    if (block.has_shared)
+      block.experts.push_back(bind_expert(spec.attr("shared"), shared[0], shared[1]));
+    block.num_active = attribute<int>(spec, "num_active");
+    block.activation = find_activation(text(spec.attr("activation")));
+    block.routing = find_routing(text(spec.attr("routing")));
+    block.jitter = attribute<float>(spec, "jitter");
     program_.add_block(std::move(block));
   }
 
@@ -305,12 +337,12 @@ class BoundProgram {
   }
 
   // `arrays` is a list of (weight, bias or None).
-  Linear bind(nb::handle arrays, int in_features) {
+  Linear bind(nb::handle spec, nb::handle arrays) {
     Linear linear;
-    linear.in_features = in_features;
+    linear.in_features = attribute<int>(spec, "in_features");
     for (nb::handle part : nb::cast<nb::list>(arrays)) {
       const auto weight = nb::cast<Weights>(part[0]);
-      check_matrix(weight, in_features);
+      check_matrix(weight, linear.in_features);
       const int rows = static_cast<int>(weight.shape(0));
       const nb::object bias = part[1];
       linear.parts.push_back(
@@ -334,11 +366,13 @@ class BoundProgram {
     return norm;
   }
 
-  Block bind_block(nb::handle spec, const char* in_name, nb::handle in, const char* out_name,
-                   nb::handle out, nb::handle norm, nb::handle post_norm) {
+  Expert bind_expert(nb::handle spec, nb::handle gate_up, nb::handle down) {
+    return {bind(spec.attr("gate_up"), gate_up), bind(spec.attr("down"), down)};
+  }
+
+  Block bind_block(BlockKind kind, nb::handle spec, nb::handle norm, nb::handle post_norm) {
     Block block;
-    block.in = bind(in, attribute<int>(spec.attr(in_name), "in_features"));
-    block.out = bind(out, attribute<int>(spec.attr(out_name), "in_features"));
+    block.kind = kind;
     block.norm = bind_norm(spec.attr("norm"), norm);
     block.post_norm = bind_norm(spec.attr("post_norm"), post_norm);
     block.residual_scale = attribute<float>(spec, "residual_scale");
@@ -378,6 +412,11 @@ void bind_program(nb::module_& m) {
            nb::arg("norm").none(), nb::arg("post_norm").none(), nb::arg("q_norm").none(),
            nb::arg("k_norm").none(), nb::arg("sinks").none())
       .def("add_mlp", &P::add_mlp, nb::arg("spec"), nb::arg("gate_up"), nb::arg("down"),
+           nb::arg("norm").none(), nb::arg("post_norm").none())
+      .def("add_linear", &P::add_linear, nb::arg("spec"), nb::arg("linear"), nb::arg("norm").none(),
+           nb::arg("post_norm").none())
+      .def("add_experts", &P::add_experts, nb::arg("spec"), nb::arg("router"),
+           nb::arg("shared_gate").none(), nb::arg("experts"), nb::arg("shared").none(),
            nb::arg("norm").none(), nb::arg("post_norm").none())
       .def("set_site", &P::set_site, nb::arg("block_index"), nb::arg("site").none())
       .def("allocate", &P::allocate, nb::arg("num_blocks"), nb::arg("block_size"))

@@ -84,29 +84,43 @@ void check_norm(const Norm& norm, int size, const char* name) {
           " weights, expected ", size);
 }
 
-}  // namespace
-
-void check_linear(const Linear& linear, int in_features, const char* name) {
-  require(linear.in_features == in_features, name, " reads ", linear.in_features,
-          " features, expected ", in_features);
+void check_outputs(const Linear& linear, int out_features, const std::string& name) {
+  require(linear.out_features() == out_features, name, " gives ", linear.out_features(),
+          " features, expected ", out_features);
 }
 
-void check_block(const Block& block, const ModelShape& shape) {
-  const int hidden = shape.hidden_size;
-  check_norm(block.norm, hidden, "norm");
-  check_norm(block.post_norm, hidden, "post_norm");
-  require(block.out.out_features() == hidden, "a block's last linear gives ",
-          block.out.out_features(), " features, expected ", hidden);
-  if (!block.is_attention) {
-    check_linear(block.in, hidden, "gate_up");
-    const int parts = static_cast<int>(block.in.parts.size());
-    require(parts == (block.is_gated ? 2 : 1) &&
-                block.in.parts.front().rows == block.in.parts.back().rows,
-            "gate_up needs one part, or two of equal size");
-    check_linear(block.out, block.in.parts.front().rows, "down");
-    return;
+// `owner`, such as "expert 3's ", is put before the names of its linears.
+void check_expert(const Expert& expert, int hidden, const std::string& owner) {
+  const std::vector<LinearPart>& parts = expert.gate_up.parts;
+  check_linear(expert.gate_up, hidden, owner + "gate_up");
+  require(parts.size() <= 2 && parts.front().rows == parts.back().rows, owner,
+          "gate_up needs one part, or two of equal size");
+  check_linear(expert.down, parts.front().rows, owner + "down");
+  check_outputs(expert.down, hidden, owner + "down");
+}
+
+void check_experts(const Block& block, int hidden) {
+  check_linear(block.in, hidden, "router");
+  const int routed = block.num_routed();
+  check_outputs(block.in, routed + block.has_shared_gate,
+                block.has_shared_gate ? "router with shared_gate" : "router");
+  require(block.num_active > 0 && block.num_active <= routed, "a row visits ", block.num_active,
+          " experts of ", routed, ": expected 1 to all of them");
+  require(block.has_shared || !block.has_shared_gate, "shared_gate needs a shared expert");
+  require(block.jitter >= 0.0f, "jitter is ", block.jitter, ": expected 0 or more");
+  for (int i = 0; i < routed; ++i) {
+    const Expert &expert = block.experts[i], &first = block.experts.front();
+    const std::string owner = "expert " + std::to_string(i) + "'s ";
+    check_expert(expert, hidden, owner);
+    require(
+        expert.is_gated() == first.is_gated() && expert.down.in_features == first.down.in_features,
+        owner, "shape is not the first expert's");
   }
-  check_linear(block.in, hidden, "qkv");
+  if (block.has_shared) check_expert(block.experts.back(), hidden, "the shared expert's ");
+}
+
+void check_attention(const Block& block, const ModelShape& shape) {
+  check_linear(block.in, shape.hidden_size, "qkv");
   require(block.head_dim > 0 && block.head_dim <= kMaxHeadDim, "head_dim is ", block.head_dim,
           ": expected 1 to ", kMaxHeadDim);
   require(block.num_kv_heads > 0 && block.num_heads % block.num_kv_heads == 0, block.num_heads,
@@ -114,8 +128,8 @@ void check_block(const Block& block, const ModelShape& shape) {
   const int q_size = block.num_heads * block.head_dim,
             kv_size = block.num_kv_heads * block.head_dim;
   check_linear(block.out, q_size, "out");
-  require(block.in.out_features() == q_size + 2 * kv_size, "qkv gives ", block.in.out_features(),
-          " features, expected ", q_size + 2 * kv_size);
+  check_outputs(block.out, shape.hidden_size, "out");
+  check_outputs(block.in, q_size + 2 * kv_size, "qkv");
   require(block.group >= 0 && block.group < static_cast<int>(shape.groups.size()),
           "there is no layer group ", block.group);
   const LayerGroup& group = shape.groups[block.group];
@@ -127,6 +141,30 @@ void check_block(const Block& block, const ModelShape& shape) {
           "the rotary size is larger than head_dim ", block.head_dim);
   if (block.q_norm.size != block.head_dim) check_norm(block.q_norm, q_size, "q_norm");
   if (block.k_norm.size != block.head_dim) check_norm(block.k_norm, kv_size, "k_norm");
+}
+
+}  // namespace
+
+void check_linear(const Linear& linear, int in_features, const std::string& name) {
+  require(linear.in_features == in_features, name, " reads ", linear.in_features,
+          " features, expected ", in_features);
+}
+
+void check_block(const Block& block, const ModelShape& shape) {
+  const int hidden = shape.hidden_size;
+  check_norm(block.norm, hidden, "norm");
+  check_norm(block.post_norm, hidden, "post_norm");
+  switch (block.kind) {
+    case BlockKind::attention:
+      return check_attention(block, shape);
+    case BlockKind::mlp:
+      return check_expert(block.experts[0], hidden, "");
+    case BlockKind::linear:
+      check_linear(block.out, hidden, "linear");
+      return check_outputs(block.out, hidden, "linear");
+    case BlockKind::experts:
+      return check_experts(block, hidden);
+  }
 }
 
 void check_step(const StepArrays& step, const Embedding& embedding,
@@ -165,7 +203,7 @@ void check_step(const StepArrays& step, const Embedding& embedding,
   for (size_t i = 0; i < step.groups.size(); ++i) check_group(step, step.groups[i], *caches[i]);
   int64_t num_sums = 0;
   for (int i = step.first_block; i < step.last_block; ++i)
-    if (blocks[i].is_attention)
+    if (blocks[i].kind == BlockKind::attention)
       for (const Span& span : step.groups[blocks[i].group].spans)
         num_sums += blocks[i].num_heads * span.num_entries;
   require(step.num_top <= shape.vocab_size, step.num_top, " top logits of a vocabulary of ",

@@ -1,6 +1,8 @@
 // Refuses what does not fit a program, before anything is read or written.
 #pragma once
 
+#include <string>
+
 #include "program.h"
 
 namespace vivace {
@@ -12,7 +14,7 @@ struct ModelShape {
 };
 
 // Each throws NativeError with a sentence that says what was wrong.
-void check_linear(const Linear& linear, int in_features, const char* name);
+void check_linear(const Linear& linear, int in_features, const std::string& name);
 void check_block(const Block& block, const ModelShape& shape);
 void check_step(const StepArrays& step, const Embedding& embedding,
                 const std::vector<Block>& blocks, const ModelShape& shape,

@@ -32,11 +32,19 @@ struct LinearPart {
   int32_t rows;
 };
 
-struct LinearOp {
-  Format format;
-  int32_t K;
+// A group of matrices and the rows that it reads.
+struct LinearJob {
   const LinearPart* parts;
   int32_t num_parts;
+  int32_t K;
+  const void* x;  // [M] prepared rows, input_bytes() apart
+  int32_t M;
+  float* y;  // [M, outputs of all parts], rows ldy apart
+  int64_t ldy;
+
+  // Set by linear(): its work items, in blocks of rows of x and, inside one, of rows of W.
+  int32_t item_rows = 0, item_outputs = 0;
+  int64_t items_per_block = 0, first_item = 0;
 };
 
 // Stride in bytes from one prepared row to the next: a multiple of 64, and an odd one, so that the
@@ -47,11 +55,10 @@ size_t input_bytes(Format format, int32_t K);
 // bytes (the rest of input_bytes() is not touched). Must run inside a FloatEnvironment.
 void prepare_input(const Kernels& kernels, Format format, int32_t K, const float* row, void* out);
 
-// y[m * ldy + offset of part + n] = sum over k of x[m][k] * W[n][k] + bias[n] for m in [0, M).
-// The bits of an output depend on its row of x, its row of W, K and the format, and on nothing
-// else.
-void linear(const Kernels& kernels, Pool& pool, const LinearOp& op, const void* x, int32_t M,
-            float* y, int64_t ldy);
+// y[m * ldy + offset of part + n] = sum over k of x[m][k] * W[n][k] + bias[n] for m in [0, M), for
+// all jobs at once. The bits of an output depend on its row of x, its row of W, K and the format,
+// and on nothing else.
+void linear(const Kernels& kernels, Pool& pool, Format format, LinearJob* jobs, int64_t num_jobs);
 
 // ---- one table per instruction set, defined in linear_kernels.cpp
 

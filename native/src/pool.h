@@ -1,6 +1,7 @@
 // A pool of threads that claim numbered work items in any order.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -49,6 +50,15 @@ class Pool {
           (*static_cast<std::remove_reference_t<F>*>(context))(item, thread);
         },
         const_cast<void*>(static_cast<const void*>(&f)));
+  }
+
+  // f(row, thread) for each of `rows` rows, several to an item.
+  template <class F>
+  void for_rows(int64_t rows, int64_t rows_per_item, F f) {
+    parallel((rows + rows_per_item - 1) / rows_per_item, [&](int64_t item, int thread) {
+      const int64_t end = std::min(rows, (item + 1) * rows_per_item);
+      for (int64_t row = item * rows_per_item; row < end; ++row) f(row, thread);
+    });
   }
 
  private:

@@ -17,13 +17,10 @@ namespace {
 constexpr int64_t kNormRows = 8, kWriteRows = 4, kActivationRows = 2;
 constexpr int64_t kMlpRows = 512;  // rows whose gates are held at a time
 
-// f(row, thread) for every row.
-template <class F>
-void for_rows(Pool& pool, int64_t num_rows, int64_t rows_per_item, F f) {
-  pool.parallel((num_rows + rows_per_item - 1) / rows_per_item, [&](int64_t item, int thread) {
-    const int64_t end = std::min(num_rows, (item + 1) * rows_per_item);
-    for (int64_t row = item * rows_per_item; row < end; ++row) f(row, thread);
-  });
+[[noreturn]] void fail_not_finite(const char* what, int index) {
+  throw NativeError(std::string("the ") + what + " of block " + std::to_string(index) +
+                    " are NaN or infinite: activations overflowed; the weights or the input are "
+                    "damaged, or a technique broke them");
 }
 
 class Flag {
@@ -39,12 +36,6 @@ class Flag {
 };
 
 }  // namespace
-
-int32_t Linear::out_features() const {
-  int32_t rows = 0;
-  for (const LinearPart& part : parts) rows += part.rows;
-  return rows;
-}
 
 Program::Program(const Kernels& kernels, std::shared_ptr<Pool> pool, int hidden_size,
                  int vocab_size, Format format, KVType kv_type)
@@ -81,6 +72,7 @@ void Program::add_block(Block block) {
   check_block(block, {hidden_size_, vocab_size_, ropes_, groups_});
   measure(block.in);
   measure(block.out);
+  if (block.kind == BlockKind::mlp) measure(block.experts[0].down);
   max_heads_ = std::max<size_t>(max_heads_, block.num_heads);
   blocks_.push_back(std::move(block));
 }
@@ -126,7 +118,7 @@ bool Program::run(const StepArrays& step) {
   for (int index = step.first_block; index < step.last_block; ++index) {
     if (step.cancel && std::atomic_ref<const int32_t>(*step.cancel).load()) return true;
     Block& block = blocks_[index];
-    if (block.is_attention) {
+    if (block.kind == BlockKind::attention) {
       project(step, index);
       if (index == writer && narrow(step, index)) now = &narrowed_;
       if (now->num_rows == 0) return false;
@@ -135,7 +127,7 @@ bool Program::run(const StepArrays& step) {
         for (const Span& span : step.groups[block.group].spans)
           sums += block.num_heads * span.num_entries;
     } else {
-      run_mlp(*now, block);
+      run_rows(*now, index);
     }
     if (block.site && !block.site(core_.data(), now->num_rows, hidden_size_)) return true;
     finish_block(*now, index);
@@ -151,7 +143,7 @@ int Program::last_writer(const StepArrays& step) const {
   for (int index = step.last_block - 1; index >= step.first_block; --index) {
     const Block& block = blocks_[index];
     if (block.site) return -1;
-    if (!block.is_attention) continue;
+    if (block.kind != BlockKind::attention) continue;
     for (const Segment& segment : step.groups[block.group].segments)
       if (segment.tree) return -1;  // a tree's rows are counted from the span's first
     return index;
@@ -226,9 +218,11 @@ void Program::reserve(const StepArrays& step) {
   size_t work = 0;
   for (int index = step.first_block; index < step.last_block; ++index) {
     const Block& block = blocks_[index];
-    const size_t inner = block.in.out_features();
-    work = std::max(work, block.is_attention ? rows * (inner + block.out.in_features)
-                                             : std::min<size_t>(rows, kMlpRows) * inner);
+    if (block.kind == BlockKind::attention)
+      work = std::max(work, rows * (block.in.out_features() + block.out.in_features));
+    if (block.kind == BlockKind::mlp)
+      work = std::max(work,
+                      std::min<size_t>(rows, kMlpRows) * block.experts[0].gate_up.out_features());
   }
   hidden_.reserve(rows * hidden_size_);
   core_.reserve(rows * hidden_size_);
@@ -249,9 +243,8 @@ void Program::prepare(const Norm& norm, const float* row, int32_t size, int64_t 
 }
 
 void Program::multiply(const Linear& linear, int64_t num_rows, float* y, int64_t stride) {
-  const LinearOp op = {format_, linear.in_features, linear.parts.data(),
-                       static_cast<int32_t>(linear.parts.size())};
-  vivace::linear(kernels_, *pool_, op, input_.data(), static_cast<int32_t>(num_rows), y, stride);
+  LinearJob job = linear.job(input_.data(), num_rows, y, stride);
+  vivace::linear(kernels_, *pool_, format_, &job, 1);
 }
 
 void Program::embed_row(const StepArrays& step, int64_t row, int64_t given) {
@@ -275,7 +268,7 @@ void Program::embed_row(const StepArrays& step, int64_t row, int64_t given) {
 void Program::embed(const StepArrays& step) {
   std::vector<int64_t> given(step.num_given ? step.num_rows : 0, -1);
   for (int64_t i = 0; i < step.num_given; ++i) given[step.given_rows[i]] = i;
-  for_rows(*pool_, step.num_rows, kNormRows, [&](int64_t row, int thread) {
+  pool_->for_rows(step.num_rows, kNormRows, [&](int64_t row, int thread) {
     embed_row(step, row, given.empty() ? -1 : given[row]);
     if (step.first_block < step.last_block)
       prepare(blocks_[step.first_block].norm, hidden_.data() + row * hidden_size_, hidden_size_,
@@ -320,13 +313,10 @@ void Program::project(const StepArrays& step, int index) {
   float* qkv = work_.data();
   multiply(block.in, step.num_rows, qkv, width);
   std::atomic<bool> finite = true;
-  for_rows(*pool_, step.num_rows, kWriteRows, [&](int64_t row, int) {
+  pool_->for_rows(step.num_rows, kWriteRows, [&](int64_t row, int) {
     if (!write_row(step, block, row, qkv + row * width)) finite = false;
   });
-  if (!finite)
-    throw NativeError("the keys or values of block " + std::to_string(index) +
-                      " are NaN or infinite: activations overflowed; the weights or the input are "
-                      "damaged, or a technique broke them");
+  if (!finite) fail_not_finite("keys or values", index);
 }
 
 void Program::attend(const StepArrays& step, const Block& block, float* sums) {
@@ -351,32 +341,43 @@ void Program::attend(const StepArrays& step, const Block& block, float* sums) {
   call.soft_cap = block.soft_cap;
   call.sinks = block.sinks;
   attend_.run(kernels_, *pool_, call, sums);
-  for_rows(*pool_, step.num_rows, kNormRows, [&](int64_t row, int thread) {
+  pool_->for_rows(step.num_rows, kNormRows, [&](int64_t row, int thread) {
     prepare({}, out + row * out_width, block.out.in_features, row, thread);
   });
   multiply(block.out, step.num_rows, core_.data(), hidden_size_);
 }
 
+// A block whose rows do not read each other.
+void Program::run_rows(const StepArrays& step, int index) {
+  const Block& block = blocks_[index];
+  if (block.kind == BlockKind::mlp) return run_mlp(step, block);
+  if (block.kind == BlockKind::linear)
+    return multiply(block.out, step.num_rows, core_.data(), hidden_size_);
+  if (!experts_.run({kernels_, *pool_, format_, block, input_.data(), step.num_rows, core_.data()}))
+    fail_not_finite("router logits", index);
+}
+
 void Program::run_mlp(const StepArrays& step, const Block& block) {
-  const int64_t width = block.in.out_features();
-  const int32_t inner = block.out.in_features;
+  const Expert& mlp = block.experts[0];
+  const int64_t width = mlp.gate_up.out_features();
+  const int32_t inner = mlp.down.in_features;
   float* gates = work_.data();
   for (int64_t first = 0; first < step.num_rows; first += kMlpRows) {
     const int64_t rows = std::min(kMlpRows, step.num_rows - first);
     if (first > 0)
-      for_rows(*pool_, rows, kNormRows, [&](int64_t row, int thread) {
+      pool_->for_rows(rows, kNormRows, [&](int64_t row, int thread) {
         prepare(block.norm, hidden_.data() + (first + row) * hidden_size_, hidden_size_, row,
                 thread);
       });
-    multiply(block.in, rows, gates, width);
-    for_rows(*pool_, rows, kActivationRows, [&](int64_t row, int thread) {
+    multiply(mlp.gate_up, rows, gates, width);
+    pool_->for_rows(rows, kActivationRows, [&](int64_t row, int thread) {
       const float* gate = gates + row * width;
       float* out = scratch_.data() + thread * scratch_width_;
-      kernels_.ops->activate(block.activation, gate, block.is_gated ? gate + inner : nullptr, out,
+      kernels_.ops->activate(block.activation, gate, mlp.is_gated() ? gate + inner : nullptr, out,
                              inner);
       prepare({}, out, inner, row, thread);
     });
-    multiply(block.out, rows, core_.data() + first * hidden_size_, hidden_size_);
+    multiply(mlp.down, rows, core_.data() + first * hidden_size_, hidden_size_);
   }
 }
 
@@ -384,7 +385,7 @@ void Program::run_mlp(const StepArrays& step, const Block& block) {
 void Program::finish_block(const StepArrays& step, int index) {
   const Block& block = blocks_[index];
   const bool is_last = index + 1 == step.last_block;
-  for_rows(*pool_, step.num_rows, kNormRows, [&](int64_t row, int thread) {
+  pool_->for_rows(step.num_rows, kNormRows, [&](int64_t row, int thread) {
     float* h = hidden_.data() + row * hidden_size_;
     float* x = core_.data() + row * hidden_size_;
     if (block.post_norm.kind != NormKind::none) kernels_.ops->norm(block.post_norm, x, x);
@@ -412,14 +413,14 @@ void Program::take_hidden(const StepArrays& step, int index) {
 void Program::run_head(const StepArrays& step) {
   take_hidden(step, static_cast<int>(blocks_.size()));
   if (step.num_logits == 0) return;
-  for_rows(*pool_, step.num_logits, kNormRows, [&](int64_t row, int thread) {
+  pool_->for_rows(step.num_logits, kNormRows, [&](int64_t row, int thread) {
     prepare(head_.norm, hidden_.data() + int64_t{step.logits_rows[row]} * hidden_size_,
             hidden_size_, row, thread);
   });
   multiply(head_.linear, step.num_logits, step.logits, vocab_size_);
   const bool is_plain = head_.soft_cap == 0.0f && head_.scale == 1.0f;
   if (is_plain && step.num_top == 0) return;
-  for_rows(*pool_, step.num_logits, 1, [&](int64_t row, int) {
+  pool_->for_rows(step.num_logits, 1, [&](int64_t row, int) {
     float* logits = step.logits + row * vocab_size_;
     kernels_.ops->soft_cap(logits, head_.soft_cap, head_.scale, vocab_size_);
     largest(logits, vocab_size_, step.num_top, step.top_ids + row * step.num_top,

@@ -6,93 +6,18 @@
 
 #include <atomic>
 #include <cstdint>
-#include <functional>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "attend.h"
+#include "blocks.h"
+#include "buffer.h"
+#include "experts.h"
 #include "isa.h"
 #include "kv_cache.h"
-#include "linear.h"
-#include "ops.h"
 #include "pool.h"
 
 namespace vivace {
-
-// Memory that grows and never shrinks; what it held is lost when it grows. Aligned to 64 bytes.
-template <class T>
-class Buffer {
- public:
-  void reserve(size_t count) {
-    if (count <= count_) return;
-    memory_.reset();
-    count_ = 0;  // if there is no memory
-    memory_.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})));
-    count_ = count;
-  }
-  T* data() const { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* memory) const { ::operator delete(memory, std::align_val_t{64}); }
-  };
-  std::unique_ptr<T, Free> memory_;
-  size_t count_ = 0;
-};
-
-// A group of matrices that read the same input. The buffers belong to whoever bound them.
-struct Linear {
-  std::vector<LinearPart> parts;
-  int32_t in_features = 0;
-  int32_t out_features() const;
-};
-
-struct Rope {
-  const float* cos = nullptr;  // [num_positions, half]
-  const float* sin = nullptr;
-  int64_t num_positions = 0;
-  int half = 0;
-  bool is_interleaved = false;
-};
-
-struct LayerGroup {
-  int num_layers, num_kv_heads, head_dim;
-};
-
-// Called with a block's result [rows, hidden]; false ends the step.
-using Site = std::function<bool(float* x, int64_t rows, int64_t hidden)>;
-
-struct Block {
-  bool is_attention = false;
-  Linear in, out;  // qkv and out, or gate_up and down
-  Norm norm, post_norm;
-  float residual_scale = 1.0f;
-  Site site;
-
-  int num_heads = 0, num_kv_heads = 0, head_dim = 0;
-  int rope = -1;  // -1: none
-  int group = 0, cache_layer = 0;
-  Norm q_norm, k_norm;  // of one head, or of all heads together
-  float scale = 1.0f, soft_cap = 0.0f;
-  const float* sinks = nullptr;
-
-  Activation activation = Activation::silu;
-  bool is_gated = false;
-};
-
-struct Embedding {
-  const void* weight = nullptr;     // [vocab, hidden]
-  const void* positions = nullptr;  // [num_positions, hidden] or null
-  int64_t num_positions = 0;
-  float scale = 1.0f;
-};
-
-struct Head {
-  Linear linear;
-  Norm norm;
-  float scale = 1.0f, soft_cap = 0.0f;
-};
 
 struct GroupStep {
   const int64_t* slots = nullptr;  // [rows]
@@ -145,7 +70,7 @@ class Program {
   KVCache& cache(int64_t group);
 
   // Returns true if the step ended early. Throws NativeError, before anything is written,
-  // if the step does not fit; and halfway if a row's keys or values overflow.
+  // if the step does not fit; and halfway if a row's keys, values or router logits overflow.
   bool run(const StepArrays& step);
 
   const Kernels& kernels() const { return kernels_; }
@@ -165,6 +90,7 @@ class Program {
   int last_writer(const StepArrays& step) const;
   bool narrow(const StepArrays& step, int index);
   bool write_row(const StepArrays& step, const Block& block, int64_t row, float* qkv);
+  void run_rows(const StepArrays& step, int index);
   void run_mlp(const StepArrays& step, const Block& block);
   void finish_block(const StepArrays& step, int index);
   void take_hidden(const StepArrays& step, int index);
@@ -194,6 +120,7 @@ class Program {
   Buffer<float> scratch_;  // [threads, scratch_width_]
   size_t scratch_width_ = 0, work_width_ = 0, input_width_ = 0, max_heads_ = 0;
   Attend attend_;
+  Experts experts_;
   // The rows that go on after the last keys and values are written, as a step of their own.
   StepArrays narrowed_;
   std::vector<int32_t> kept_rows_, kept_positions_, kept_logits_rows_;

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vivace.blocks import AttentionBlock, HeadSpec, MlpBlock
+from vivace.blocks import AttentionBlock, ExpertsBlock, HeadSpec, LinearBlock, MlpBlock
 
 _Floats = NDArray[np.float32]
 _Int32 = NDArray[np.int32]
 _Int64 = NDArray[np.int64]
 _Bound = tuple[np.ndarray, np.ndarray | None]  # a weight and its bias
+_BoundExpert = tuple[Sequence[_Bound], Sequence[_Bound]]  # gate_up and down
 
 class Program:
     """The block list bound to buffers. Keeps the arrays that it was given alive.
@@ -64,6 +65,23 @@ class Program:
         norm: _Bound | None,
         post_norm: _Bound | None,
     ) -> None: ...
+    def add_linear(
+        self,
+        spec: LinearBlock,
+        linear: Sequence[_Bound],
+        norm: _Bound | None,
+        post_norm: _Bound | None,
+    ) -> None: ...
+    def add_experts(
+        self,
+        spec: ExpertsBlock,
+        router: Sequence[_Bound],
+        shared_gate: Sequence[_Bound] | None,
+        experts: list[_BoundExpert],
+        shared: _BoundExpert | None,
+        norm: _Bound | None,
+        post_norm: _Bound | None,
+    ) -> None: ...
     def set_site(self, block_index: int, site: Callable[[_Floats], None] | None) -> None: ...
     def allocate(self, num_blocks: Sequence[int], block_size: int) -> None:
         """(Re)allocate the cache, one count per layer group. Pages are taken when written."""
@@ -90,8 +108,8 @@ class Program:
         """One step; fills `logits`, `hidden`, `top` and `sums`. Returns True if cancelled.
 
         Raises:
-            NativeError: the step does not fit (nothing was written), or keys or values are not
-                finite. The program can be used on.
+            NativeError: the step does not fit (nothing was written), or keys, values or router
+                logits are not finite. The program can be used on.
         """
 
 _LogProbs = tuple[_Floats, _Int32, _Floats]  # of the token [R]; top ids and values [R, n]

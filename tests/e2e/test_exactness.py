@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_models import random_llama
+from tiny_models import random_llama, random_mixture
 
 from vivace.engine import Engine, Limits, Request
 from vivace.engine.sampling import Draw, Drawn, NativeSampler
@@ -20,6 +20,11 @@ from vivace.types import SamplingParams
 PROMPT = [(i * i + 3 * i) % 97 for i in range(150)]
 NUM_NEW = 24
 PARAMS = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
+MODELS = {
+    f"{name} {dtype}": (make, dtype)
+    for name, make in {"llama": random_llama, "mixture": random_mixture}.items()
+    for dtype in ("float32", "bfloat16")
+}
 
 
 class RecordingSampler(NativeSampler):
@@ -43,7 +48,7 @@ class Setup:
 
     def __init__(
         self,
-        dtype: str,
+        model: str,
         *,
         chunk: int,
         is_faulty: bool = False,
@@ -54,7 +59,8 @@ class Setup:
         window: int | None = None,
         prompt: list[int] = PROMPT,
     ) -> None:
-        graph, weights = random_llama(dtype, max_position_embeddings=2048)
+        make, dtype = MODELS[model]
+        graph, weights = make(dtype, max_position_embeddings=2048)
         groups = tuple(replace(group, window=window) for group in graph.groups)
         graph = replace(graph, groups=groups)
         names = {"weight_formats": dtype, "kv_stores": dtype}
@@ -111,45 +117,45 @@ def others(count: int) -> list[Request]:
 # Each axis runs the request in another way and returns the hashes of its logits by position.
 
 
-def alone(dtype: str, fault: bool) -> dict[int, set[str]]:
-    return Setup(dtype, chunk=1024, is_faulty=fault).run(under_test())
+def alone(model: str, fault: bool) -> dict[int, set[str]]:
+    return Setup(model, chunk=1024, is_faulty=fault).run(under_test())
 
 
 def batch_of(size: int) -> Callable[[str, bool], dict[int, set[str]]]:
-    def run(dtype: str, fault: bool) -> dict[int, set[str]]:
+    def run(model: str, fault: bool) -> dict[int, set[str]]:
         ahead, *behind = others(size - 1)
-        return Setup(dtype, chunk=64, is_faulty=fault).run(ahead, under_test(), *behind)
+        return Setup(model, chunk=64, is_faulty=fault).run(ahead, under_test(), *behind)
 
     return run
 
 
 def chunks_of(size: int) -> Callable[[str, bool], dict[int, set[str]]]:
-    def run(dtype: str, fault: bool) -> dict[int, set[str]]:
+    def run(model: str, fault: bool) -> dict[int, set[str]]:
         # A neighbour that decodes takes the first row, so that rows of a chunk are later ones.
         ahead = Request.of([5], SamplingParams(seed=1, max_tokens=400, ignore_eos=True))
-        return Setup(dtype, chunk=size, is_faulty=fault).run(ahead, under_test())
+        return Setup(model, chunk=size, is_faulty=fault).run(ahead, under_test())
 
     return run
 
 
-def preempted(dtype: str, fault: bool) -> dict[int, set[str]]:
-    setup = Setup(dtype, chunk=64, is_faulty=fault, num_blocks=15)
+def preempted(model: str, fault: bool) -> dict[int, set[str]]:
+    setup = Setup(model, chunk=64, is_faulty=fault, num_blocks=15)
     ahead = Request.of(PROMPT[60::-1], SamplingParams(seed=1, max_tokens=60, ignore_eos=True))
     digests = setup.run(ahead, under_test())
     assert setup.engine.stats.num_preemptions > 0
     return digests
 
 
-def from_prefix_cache(dtype: str, fault: bool) -> dict[int, set[str]]:
-    setup = Setup(dtype, chunk=64, is_faulty=fault)
+def from_prefix_cache(model: str, fault: bool) -> dict[int, set[str]]:
+    setup = Setup(model, chunk=64, is_faulty=fault)
     setup.run(Request.of(PROMPT, SamplingParams(temperature=0, max_tokens=1)))
     digests = setup.run(under_test())
     assert setup.engine.stats.num_prefix_hit_tokens >= 128
     return digests
 
 
-def forked(dtype: str, fault: bool) -> dict[int, set[str]]:
-    setup = Setup(dtype, chunk=64, is_faulty=fault)
+def forked(model: str, fault: bool) -> dict[int, set[str]]:
+    setup = Setup(model, chunk=64, is_faulty=fault)
 
     async def explore() -> None:
         root = setup.engine.branch(Request.of(PROMPT[:-1], PARAMS))
@@ -164,12 +170,12 @@ def forked(dtype: str, fault: bool) -> dict[int, set[str]]:
     return setup.sampler.digests
 
 
-def two_threads(dtype: str, fault: bool) -> dict[int, set[str]]:
-    return Setup(dtype, chunk=64, is_faulty=fault, threads=2).run(under_test())
+def two_threads(model: str, fault: bool) -> dict[int, set[str]]:
+    return Setup(model, chunk=64, is_faulty=fault, threads=2).run(under_test())
 
 
-def blocks_of_64(dtype: str, fault: bool) -> dict[int, set[str]]:
-    return Setup(dtype, chunk=64, is_faulty=fault, block_size=64).run(under_test())
+def blocks_of_64(model: str, fault: bool) -> dict[int, set[str]]:
+    return Setup(model, chunk=64, is_faulty=fault, block_size=64).run(under_test())
 
 
 AXES = {
@@ -193,26 +199,26 @@ def reference() -> Callable[[str], dict[int, set[str]]]:
     """One row at a time, alone, one thread, blocks of 16: no row has another beside it."""
     made: dict[str, dict[int, set[str]]] = {}
 
-    def get(dtype: str) -> dict[int, set[str]]:
-        if dtype not in made:
-            made[dtype] = Setup(dtype, chunk=1, is_faulty=True).run(under_test())
-            assert len(made[dtype]) == NUM_NEW
-        return made[dtype]
+    def get(model: str) -> dict[int, set[str]]:
+        if model not in made:
+            made[model] = Setup(model, chunk=1, is_faulty=True).run(under_test())
+            assert len(made[model]) == NUM_NEW
+        return made[model]
 
     return get
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("axis", AXES)
-def test_logits_have_the_same_bits(axis, dtype, reference):
-    assert AXES[axis](dtype, False) == reference(dtype)
+def test_logits_have_the_same_bits(axis, model, reference):
+    assert AXES[axis](model, False) == reference(model)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("axis", AXES)
-def test_one_unit_in_the_last_place_shows(axis, dtype, reference):
+def test_one_unit_in_the_last_place_shows(axis, model, reference):
     """The tests above can fail: rows >= 1 of one linear are off by the least there is."""
-    assert AXES[axis](dtype, True) != reference(dtype)
+    assert AXES[axis](model, True) != reference(model)
 
 
 @pytest.mark.parametrize("window", [100, 1100])
@@ -222,7 +228,9 @@ def test_a_window_takes_no_bits_with_it(window: int) -> None:
     request = Request.of(prompt, replace(PARAMS, max_tokens=8))
 
     def setup(chunk: int, num_blocks: int = 256) -> Setup:
-        return Setup("float32", chunk=chunk, window=window, prompt=prompt, num_blocks=num_blocks)
+        return Setup(
+            "llama float32", chunk=chunk, window=window, prompt=prompt, num_blocks=num_blocks
+        )
 
     expected = setup(2048).run(request)
     assert len(expected) == 8
@@ -242,7 +250,7 @@ def test_seeded_samples_do_not_depend_on_the_batch():
     params = SamplingParams(seed=7, temperature=1.5, top_p=0.95, n=3, max_tokens=NUM_NEW)
 
     def drawn(*neighbours: Request) -> dict[int, list[int]]:
-        engine = Setup("float32", chunk=64).engine
+        engine = Setup("llama float32", chunk=64).engine
         for request in neighbours:
             engine.add(request)
         request_id = engine.add(under_test(params))

@@ -10,7 +10,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference_model
-from native_cases import Builder, CachedSequence, executor, llama, run, step_of
+from native_cases import (
+    Builder,
+    CachedSequence,
+    bits,
+    executor,
+    llama,
+    mixture,
+    run,
+    sequence_of,
+    step_of,
+    tokens_of,
+)
 
 from vivace import _native
 from vivace.blocks import (
@@ -19,32 +30,19 @@ from vivace.blocks import (
     EmbeddingSpec,
     HeadSpec,
     LayerGroup,
+    LinearBlock,
     LinearSpec,
     MlpBlock,
     ModelGraph,
     NormKind,
     RopeSpec,
+    Routing,
     WeightRef,
 )
 from vivace.errors import BadFile, NativeError
 from vivace.types import CancelFlag, GroupRows, Mask, MaskKind, Segment, Span, Step, Wants
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.4, "float16": 0.05}  # of logits of spread 20
-
-
-def bits(array: np.ndarray) -> bytes:
-    return np.ascontiguousarray(array).tobytes()
-
-
-def tokens_of(count: int, vocab: int = 97, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, vocab, count).astype(np.int32)
-
-
-def sequence_of(
-    count: int, *, block_size: int = 16, seed: int = 1, blocks: int = 64
-) -> CachedSequence:
-    ids = np.random.default_rng(seed).permutation(blocks)[: -(-count // block_size)]
-    return CachedSequence.of(tokens_of(count, seed=seed), ids, block_size)
 
 
 def everything() -> tuple[ModelGraph, dict[str, np.ndarray]]:
@@ -108,6 +106,21 @@ def everything() -> tuple[ModelGraph, dict[str, np.ndarray]]:
         mlp(1, Activation.GELU, gated=False, norm=make.norm(hidden, layer_norm)),
         attention(2, 2, 2, norm=None, rope=1, cache_layer=1, k_norm=make.norm(2 * head_dim)),
         mlp(2, Activation.RELU, gated=False, norm=None, post_norm=make.norm(hidden, layer_norm)),
+        LinearBlock(
+            3, make.linear(hidden, hidden, bias=True), make.norm(hidden), make.norm(hidden), 0.6
+        ),
+        make.experts(
+            hidden,
+            bias=True,
+            shared=13,
+            shared_gate=True,
+            activation=Activation.GELU,
+            routing=Routing.SPARSE_MIXER,
+            jitter=0.3,
+            post_norm=make.norm(hidden, layer_norm),
+            residual_scale=0.8,
+            layer=4,
+        ),
     )
     graph = ModelGraph(
         family="everything",
@@ -199,14 +212,15 @@ AXES = {
     **{isa: {"isa": isa} for isa in _native.isa_names()},
 }
 LENGTH = 1100  # beyond one chunk of entries that are merged
+MODELS = {"llama": llama, "mixture": mixture}
 
 
 def axis_logits(
-    axis: dict, weight_format: str, kv_store: str, wrong: bool = False
-) -> tuple[np.ndarray, int]:
-    """Logits of the last rows of a long sequence run in some way."""
+    axis: dict, model: str, weight_format: str, kv_store: str, wrong: bool = False
+) -> np.ndarray:
+    """Logits of a long sequence run in some way."""
     options = {"chunk": 512, "threads": 2, "block_size": 16, "isa": None} | axis
-    graph, weights = llama(hidden=32, heads=4, head_dim=16, inner=40)
+    graph, weights = MODELS[model](hidden=32, heads=4, head_dim=16, inner=40)
     sequence = sequence_of(LENGTH, block_size=options["block_size"], blocks=80)
     native = executor(
         graph,
@@ -220,8 +234,7 @@ def axis_logits(
     )
     if wrong:
         native.set_site(1, add_one_ulp)
-    logits = run(native, sequence, options["chunk"])
-    return logits, options["chunk"]
+    return run(native, sequence, options["chunk"])
 
 
 def add_one_ulp(x: np.ndarray) -> None:
@@ -229,27 +242,30 @@ def add_one_ulp(x: np.ndarray) -> None:
     x[1:] = np.nextafter(x[1:], np.float32(np.inf))
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("weight_format", "kv_store"), [("float32", "float32"), ("bfloat16", "bfloat16")]
 )
-def test_no_axis_shows(weight_format: str, kv_store: str) -> None:
-    expected, _ = axis_logits({}, weight_format, kv_store)
+def test_no_axis_shows(model: str, weight_format: str, kv_store: str) -> None:
+    expected = axis_logits({}, model, weight_format, kv_store)
     assert np.isfinite(expected).all()
     for name, axis in AXES.items():
-        got, _ = axis_logits(axis, weight_format, kv_store)
+        got = axis_logits(axis, model, weight_format, kv_store)
         assert bits(got) == bits(expected), name
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_a_wrong_linear_shows(chunk: int) -> None:
-    expected, _ = axis_logits({}, "float32", "float32", wrong=True)
-    got, _ = axis_logits({"chunk": chunk}, "float32", "float32", wrong=True)
+def test_a_wrong_linear_shows(model: str, chunk: int) -> None:
+    expected = axis_logits({}, model, "float32", "float32", wrong=True)
+    got = axis_logits({"chunk": chunk}, model, "float32", "float32", wrong=True)
     assert bits(got) != bits(expected)
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("batch", [2, 7, 32])
-def test_batches_do_not_show(batch: int) -> None:
-    graph, weights = llama()
+def test_batches_do_not_show(model: str, batch: int) -> None:
+    graph, weights = MODELS[model]()
     lengths = np.random.default_rng(5).integers(1, 60, batch)
     starts = np.cumsum([0, *(-(-lengths // 16))])
     native = executor(graph, weights, blocks=int(starts[-1]))

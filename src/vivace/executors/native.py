@@ -12,7 +12,11 @@ from vivace import _native
 from vivace.blocks import (
     AttentionBlock,
     Block,
+    Expert,
+    ExpertsBlock,
+    LinearBlock,
     LinearSpec,
+    MlpBlock,
     ModelGraph,
     NormSpec,
     WeightRef,
@@ -208,23 +212,37 @@ class NativeExecutor:
         program.set_head(head, tensors.linear(head.linear), tensors.norm(head.norm))
 
     def _bind_block(self, block: Block) -> None:
-        tensors = self._tensors
-        norm, post_norm = tensors.norm(block.norm), tensors.norm(block.post_norm)
-        if isinstance(block, AttentionBlock):
-            self._program.add_attention(
-                block,
-                tensors.linear(block.qkv),
-                tensors.linear(block.out),
-                norm,
-                post_norm,
-                tensors.norm(block.q_norm),
-                tensors.norm(block.k_norm),
-                None if block.sinks is None else tensors.vector(block.sinks),
-            )
-        else:
-            self._program.add_mlp(
-                block, tensors.linear(block.gate_up), tensors.linear(block.down), norm, post_norm
-            )
+        tensors, program = self._tensors, self._program
+        norms = tensors.norm(block.norm), tensors.norm(block.post_norm)
+        match block:
+            case AttentionBlock():
+                program.add_attention(
+                    block,
+                    tensors.linear(block.qkv),
+                    tensors.linear(block.out),
+                    *norms,
+                    tensors.norm(block.q_norm),
+                    tensors.norm(block.k_norm),
+                    None if block.sinks is None else tensors.vector(block.sinks),
+                )
+            case MlpBlock():
+                program.add_mlp(
+                    block, tensors.linear(block.gate_up), tensors.linear(block.down), *norms
+                )
+            case LinearBlock():
+                program.add_linear(block, tensors.linear(block.linear), *norms)
+            case ExpertsBlock():
+                program.add_experts(
+                    block,
+                    tensors.linear(block.router),
+                    None if block.shared_gate is None else tensors.linear(block.shared_gate),
+                    [tensors.expert(expert) for expert in block.experts],
+                    None if block.shared is None else tensors.expert(block.shared),
+                    *norms,
+                )
+
+
+_Bound = tuple[np.ndarray, np.ndarray | None]  # a weight and its bias
 
 
 class _Tensors:
@@ -244,13 +262,16 @@ class _Tensors:
             end = ref.first_row + ref.shape[0]
             self._num_rows[ref.name] = max(end, self._num_rows.get(ref.name, 0))
 
-    def linear(self, spec: LinearSpec) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def expert(self, spec: Expert) -> tuple[list[_Bound], list[_Bound]]:
+        return self.linear(spec.gate_up), self.linear(spec.down)
+
+    def linear(self, spec: LinearSpec) -> list[_Bound]:
         parts = zip(spec.parts, spec.biases, strict=True)
         return [
             (self.matrix(part), None if bias is None else self.vector(bias)) for part, bias in parts
         ]
 
-    def norm(self, spec: NormSpec | None) -> tuple[np.ndarray, np.ndarray | None] | None:
+    def norm(self, spec: NormSpec | None) -> _Bound | None:
         if spec is None:
             return None
         weight = self.vector(spec.weight)

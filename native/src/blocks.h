@@ -1,0 +1,97 @@
+// The block list of vivace/blocks.py, bound to buffers. They belong to whoever bound them.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "linear.h"
+#include "ops.h"
+
+namespace vivace {
+
+// A group of matrices that read the same input.
+struct Linear {
+  std::vector<LinearPart> parts;
+  int32_t in_features = 0;
+
+  int32_t out_features() const {
+    int32_t rows = 0;
+    for (const LinearPart& part : parts) rows += part.rows;
+    return rows;
+  }
+  LinearJob job(const void* x, int64_t num_rows, float* y, int64_t stride) const {
+    return {parts.data(),
+            static_cast<int32_t>(parts.size()),
+            in_features,
+            x,
+            static_cast<int32_t>(num_rows),
+            y,
+            stride};
+  }
+};
+
+struct Rope {
+  const float* cos = nullptr;  // [num_positions, half]
+  const float* sin = nullptr;
+  int64_t num_positions = 0;
+  int half = 0;
+  bool is_interleaved = false;
+};
+
+struct LayerGroup {
+  int num_layers, num_kv_heads, head_dim;
+};
+
+// down(act(gate) * up), or down(act(up)) where `gate_up` has one part.
+struct Expert {
+  Linear gate_up, down;
+  bool is_gated() const { return gate_up.parts.size() == 2; }
+};
+
+// Called with a block's result [rows, hidden]; false ends the step.
+using Site = std::function<bool(float* x, int64_t rows, int64_t hidden)>;
+
+enum class BlockKind : int { attention, mlp, linear, experts };
+enum class Routing : int { softmax, softmax_chosen, sparse_mixer };
+
+struct Block {
+  BlockKind kind = BlockKind::mlp;
+  Norm norm, post_norm;
+  float residual_scale = 1.0f;
+  Site site;
+
+  Linear in, out;  // attention: qkv and out; a linear: out; experts: in is the router
+
+  int num_heads = 0, num_kv_heads = 0, head_dim = 0;
+  int rope = -1;  // -1: none
+  int group = 0, cache_layer = 0;
+  Norm q_norm, k_norm;  // of one head, or of all heads together
+  float scale = 1.0f, soft_cap = 0.0f;
+  const float* sinks = nullptr;
+
+  std::vector<Expert> experts;  // an MLP has one; a shared one is the last
+  Activation activation = Activation::silu;
+  int num_active = 0;  // routed experts per row
+  Routing routing = Routing::softmax;
+  float jitter = 0.0f;
+  bool has_shared = false;
+  bool has_shared_gate = false;  // the router's last output
+
+  int num_routed() const { return static_cast<int>(experts.size()) - has_shared; }
+};
+
+struct Embedding {
+  const void* weight = nullptr;     // [vocab, hidden]
+  const void* positions = nullptr;  // [num_positions, hidden] or null
+  int64_t num_positions = 0;
+  float scale = 1.0f;
+};
+
+struct Head {
+  Linear linear;
+  Norm norm;
+  float scale = 1.0f, soft_cap = 0.0f;
+};
+
+}  // namespace vivace
