@@ -13,8 +13,10 @@ A row's hidden state `h` (float32) passes through the blocks in order:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
+from typing import Any
 
 __all__ = [
     "Activation",
@@ -38,6 +40,7 @@ __all__ = [
     "WeightRef",
     "block_linears",
     "block_norms",
+    "weight_refs",
 ]
 
 
@@ -121,6 +124,7 @@ class RopeSpec:
     is_interleaved: bool = False  # pairs (2j, 2j+1) instead of (j, j + rotary_dim/2)
     bands: tuple[tuple[int, tuple[float, ...], float], ...] = ()
     dynamic: tuple[float, float, int] | None = None  # base, factor, original context
+    base: float | None = None  # of the frequencies before any scaling, where there is one
 
     @property
     def rotary_dim(self) -> int:
@@ -316,3 +320,15 @@ def block_norms(block: Block) -> tuple[NormSpec, ...]:
     if isinstance(block, AttentionBlock):
         norms += [block.q_norm, block.k_norm]
     return tuple(norm for norm in norms if norm is not None)
+
+
+def weight_refs(spec: Any) -> Iterator[WeightRef]:
+    """Every tensor that a graph or a part of it uses, in the order of fields; tied ones twice."""
+    if isinstance(spec, WeightRef):
+        yield spec
+    elif isinstance(spec, tuple):
+        for item in spec:
+            yield from weight_refs(item)
+    elif is_dataclass(spec):
+        for field in fields(spec):
+            yield from weight_refs(getattr(spec, field.name))

@@ -18,10 +18,10 @@ from vivace.blocks import (
     ModelGraph,
     Routing,
     WeightRef,
+    weight_refs,
 )
 from vivace.models import graph_from_config
 from vivace.models.config import Config
-from vivace.models.loading import weight_refs
 
 TINY_LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from vivace.blocks import (
     ModelGraph,
     NormSpec,
     WeightRef,
+    weight_refs,
 )
 from vivace.errors import BadFile, NativeError, UnsupportedModel
 from vivace.models.rope import rope_table
@@ -258,7 +257,7 @@ class _Tensors:
         self._weights, self._format, self._program = weights, weight_format, program
         self._packed: dict[WeightRef, np.ndarray] = {}
         self._num_rows: dict[str, int] = {}  # rows that the graph uses of a tensor
-        for ref in _references(graph):
+        for ref in weight_refs(graph):
             end = ref.first_row + ref.shape[0]
             self._num_rows[ref.name] = max(end, self._num_rows.get(ref.name, 0))
 
@@ -310,18 +309,6 @@ class _Tensors:
 
 def _not_finite(name: str) -> str:
     return f"tensor '{name}' holds NaN or infinity: the file is damaged, fetch it again"
-
-
-def _references(value: Any) -> Iterator[WeightRef]:
-    """Every weight reference inside a spec."""
-    if isinstance(value, WeightRef):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _references(item)
-    elif is_dataclass(value):
-        for item in fields(value):
-            yield from _references(getattr(value, item.name))
 
 
 def _int32(values: Sequence[int]) -> np.ndarray:

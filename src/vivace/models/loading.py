@@ -12,16 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vivace.blocks import (
-    AttentionBlock,
-    Block,
-    LinearSpec,
-    ModelGraph,
-    NormSpec,
-    WeightRef,
-    block_linears,
-    block_norms,
-)
+from vivace.blocks import ModelGraph, weight_refs
 from vivace.errors import BadFile, ModelNotFound, UnsupportedModel
 from vivace.models import graph_from_config, name_prefix
 from vivace.models.config import Config, show
@@ -30,7 +21,7 @@ from vivace.models.formats.strict_json import read_object
 from vivace.models.location import resolve
 from vivace.models.tokenizer import Tokenizer
 
-__all__ = ["LoadedModel", "Weights", "load_model", "weight_refs"]
+__all__ = ["LoadedModel", "Weights", "load_model"]
 
 MAX_CONFIG_BYTES = 2**20
 # Weights up to this size in total are searched for NaN and infinity when loaded: some milliseconds.
@@ -229,44 +220,6 @@ def _is_plain_name(value: Any) -> bool:
 
 
 # ---------------------------------------------------------------- tensors
-
-
-def weight_refs(graph: ModelGraph) -> Iterator[WeightRef]:
-    """Every tensor that a graph uses, matrices, biases and norms alike; tied ones twice."""
-    yield graph.embedding.weight
-    if graph.embedding.positions is not None:
-        yield graph.embedding.positions
-    for block in graph.blocks:
-        yield from _block_refs(block)
-    yield from _norm_refs(graph.head.norm)
-    yield from _linear_refs(graph.head.linear)
-    for head in graph.next_token_heads:
-        for norm in (head.hidden_norm, head.token_norm, head.norm):
-            yield from _norm_refs(norm)
-        yield from _linear_refs(head.projection)
-        for block in head.blocks:
-            yield from _block_refs(block)
-
-
-def _block_refs(block: Block) -> Iterator[WeightRef]:
-    if isinstance(block, AttentionBlock) and block.sinks is not None:
-        yield block.sinks
-    for norm in block_norms(block):
-        yield from _norm_refs(norm)
-    for linear in block_linears(block):
-        yield from _linear_refs(linear)
-
-
-def _norm_refs(norm: NormSpec | None) -> Iterator[WeightRef]:
-    if norm is not None:
-        yield norm.weight
-        if norm.bias is not None:
-            yield norm.bias
-
-
-def _linear_refs(linear: LinearSpec) -> Iterator[WeightRef]:
-    yield from linear.parts
-    yield from (bias for bias in linear.biases if bias is not None)
 
 
 def _check_weights(path: Path, graph: ModelGraph, weights: Weights) -> None:

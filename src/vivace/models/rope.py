@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +17,14 @@ from vivace.blocks import RopeSpec
 from vivace.errors import UnsupportedModel, nearest
 from vivace.models.config import Config
 
-__all__ = ["MAX_POSITIONS", "max_positions", "rope_spec", "rope_table"]
+__all__ = [
+    "MAX_POSITIONS",
+    "inverse_frequencies",
+    "max_positions",
+    "rope_parameters",
+    "rope_spec",
+    "rope_table",
+]
 
 MAX_POSITIONS = 2**24  # whole numbers up to here are exact in float32, as angles need
 _DEFAULT_BASE = 10_000.0
@@ -57,11 +65,11 @@ def _dynamic_frequencies(
     lengths = np.maximum(positions + 1, original)
     growth = factor * lengths / original - (factor - 1)
     bases = base * growth ** (dim / (dim - 2))
-    grown = _inverse_frequencies(bases[:, None], dim)
+    grown = inverse_frequencies(bases[:, None], dim)
     return np.where(lengths[:, None] > original, grown, inv_freq)
 
 
-def _inverse_frequencies(base: float | np.ndarray, dim: int) -> np.ndarray:
+def inverse_frequencies(base: float | np.ndarray, dim: int) -> np.ndarray:
     """base ** (-2j / dim) with float32 exponents and results: [..., dim/2] float32."""
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     powers = np.power(np.float64(base), exponents.astype(np.float64)).astype(np.float32)
@@ -93,7 +101,7 @@ def rope_spec(
         UnsupportedModel: a kind that is not known.
         BadFile: a wrong value.
     """
-    parameters = _parameters(config) if parameters is None else parameters
+    parameters = rope_parameters(config) if parameters is None else parameters
     kind = _kind(parameters)
     outer_base = config.number(base_field, base, high=_LARGEST_BASE)
     base = parameters.number("rope_theta", outer_base, high=_LARGEST_BASE)
@@ -102,7 +110,7 @@ def rope_spec(
     dim = int(head_dim * share)
     if dim < 2 or dim % 2:
         raise config.bad("head_dim", f"an even rotary size, not {dim} of {head_dim} per head")
-    return _KINDS[kind](config, parameters, base, dim)
+    return replace(_KINDS[kind](config, parameters, base, dim), base=base)
 
 
 def max_positions(config: Config) -> int:
@@ -112,7 +120,7 @@ def max_positions(config: Config) -> int:
     some with `yarn`.
     """
     declared = config.integer("max_position_embeddings", high=MAX_POSITIONS)
-    parameters = _parameters(config)
+    parameters = rope_parameters(config)
     if _kind(parameters) not in ("linear", "dynamic", "yarn"):
         return declared
     original = _original_context(config, parameters)
@@ -120,7 +128,7 @@ def max_positions(config: Config) -> int:
     return min(max(declared, stretched), MAX_POSITIONS)
 
 
-def _parameters(config: Config) -> Config:
+def rope_parameters(config: Config) -> Config:
     """The object that holds the rope's fields; the older spelling wins where both are given."""
     for name in ("rope_scaling", "rope_parameters"):
         parameters = config.section(name)
@@ -157,13 +165,13 @@ def _spec(inv_freq: np.ndarray, attention_factor: float = 1.0) -> RopeSpec:
 
 
 def _default(config: Config, parameters: Config, base: float, dim: int) -> RopeSpec:
-    return _spec(_inverse_frequencies(base, dim))
+    return _spec(inverse_frequencies(base, dim))
 
 
 def _linear(config: Config, parameters: Config, base: float, dim: int) -> RopeSpec:
     """Positions divided by a factor. Source: Chen et al. 2023, arXiv 2306.15595."""
     factor = np.float32(parameters.number("factor", high=_LARGEST_FACTOR))
-    return _spec(_inverse_frequencies(base, dim) / factor)
+    return _spec(inverse_frequencies(base, dim) / factor)
 
 
 def _dynamic(config: Config, parameters: Config, base: float, dim: int) -> RopeSpec:
@@ -174,7 +182,7 @@ def _dynamic(config: Config, parameters: Config, base: float, dim: int) -> RopeS
     if factor < 1:
         raise parameters.bad("factor", "a number of at least 1")
     original = config.integer("max_position_embeddings", high=MAX_POSITIONS)
-    inv_freq = tuple(_inverse_frequencies(base, dim).tolist())
+    inv_freq = tuple(inverse_frequencies(base, dim).tolist())
     return RopeSpec(inv_freq, dynamic=(base, factor, original))
 
 
@@ -201,7 +209,7 @@ def _yarn(config: Config, parameters: Config, base: float, dim: int) -> RopeSpec
         high += 0.001
     ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     kept = 1 - np.clip(ramp, 0, 1)  # share of the frequency that is not interpolated
-    inv_freq = _inverse_frequencies(base, dim)
+    inv_freq = inverse_frequencies(base, dim)
     mixed = inv_freq / np.float32(factor) * (1 - kept) + inv_freq * kept
     return _spec(mixed, _yarn_attention_factor(parameters, factor))
 
@@ -233,13 +241,15 @@ def _longrope(config: Config, parameters: Config, base: float, dim: int) -> Rope
         raise parameters.bad("original_max_position_embeddings", "more than 1 token for longrope")
     else:
         attention_factor = math.sqrt(1 + math.log(factor) / math.log(original))
-    plain = _inverse_frequencies(base, dim)
+    plain = inverse_frequencies(base, dim)
     short, long = (
         plain / np.asarray(parameters.numbers(name, dim // 2), np.float32)
         for name in ("short_factor", "long_factor")
     )
     short_scale = parameters.number("short_mscale", attention_factor)
     long_scale = parameters.number("long_mscale", attention_factor)
+    if np.array_equal(short, long) and short_scale == long_scale:
+        return _spec(short, short_scale)
     bands = ((original, tuple(long.tolist()), long_scale),)
     return RopeSpec(tuple(short.tolist()), short_scale, bands=bands)
 
@@ -252,7 +262,7 @@ def _llama3(config: Config, parameters: Config, base: float, dim: int) -> RopeSp
     high = parameters.number("high_freq_factor")
     if high <= low:
         raise parameters.bad("high_freq_factor", f"more than low_freq_factor, which is {low:g}")
-    inv_freq = _inverse_frequencies(base, dim)
+    inv_freq = inverse_frequencies(base, dim)
     turns = np.float32(original) / (np.float32(2 * math.pi) / inv_freq)  # over the old context
     smooth = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
     return _spec((1 - smooth) * inv_freq / factor + smooth * inv_freq)
