@@ -469,19 +469,10 @@ def _resolve(
     over = {"weight_formats": weights, "kv_stores": kv}
     given = Plan.from_dict({seam: value for seam, value in over.items() if value is not None})
     plan = dataclasses.replace(plan, choices=dict(plan.choices) | dict(given.choices))
-    stored = _stored_type(model)
-    defaults = dict(DEFAULTS) | {"weight_formats": stored}
-    defaults["kv_stores"] = "bfloat16" if stored == "bfloat16" else "float32"
+    stored = model.weight_format
+    kv_store = "bfloat16" if stored["name"] == "bfloat16" else "float32"
+    defaults = DEFAULTS | {"weight_formats": stored, "kv_stores": kv_store}
     return resolve(plan.with_defaults(defaults))
-
-
-def _stored_type(model: LoadedModel) -> str:
-    """The type in which the checkpoint stores most of its matrices."""
-    sizes: dict[str, int] = {}
-    for name in {ref.name for ref in model.graph.linears()}:
-        info = model.weights.info(name)
-        sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + info.num_bytes
-    return max(sizes, key=lambda name: sizes[name])
 
 
 def _context(graph: ModelGraph, max_context: int | None) -> int:

@@ -16,7 +16,7 @@ from vivace.types import Change, Exactness, Need
 __all__ = ["DEFAULTS", "Plan", "ResolvedPlan", "resolve"]
 
 # What runs where a plan is silent. Storage formats follow the checkpoint: see `LLM`.
-DEFAULTS: Mapping[str, str] = {
+DEFAULTS: dict[str, str | Mapping[str, Any]] = {
     "weight_formats": "float32",
     "kv_stores": "float32",
     "schedulers": "chunked",
@@ -56,8 +56,8 @@ class Plan:
                 f"plan {path}: {error}: expected a TOML file with a table per seam"
             ) from error
 
-    def with_defaults(self, defaults: Mapping[str, str]) -> Plan:
-        missing = {seam: ((name, {}),) for seam, name in defaults.items()}
+    def with_defaults(self, defaults: Mapping[str, str | Mapping[str, Any]]) -> Plan:
+        missing = {seam: (_choice(seam, item),) for seam, item in defaults.items()}
         return Plan(missing | dict(self.choices), self.measured)
 
 

@@ -1,13 +1,14 @@
-"""A model directory as a graph and mapped weights, checked against each other before they run."""
+"""A checkpoint as a graph and mapped weights, checked against each other before they run."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -16,8 +17,12 @@ from vivace.blocks import ModelGraph, weight_refs
 from vivace.errors import BadFile, ModelNotFound, UnsupportedModel
 from vivace.models import graph_from_config, name_prefix
 from vivace.models.config import Config, show
+from vivace.models.formats.block_tensor import BlockTensor
+from vivace.models.formats.gguf import GgufFile
 from vivace.models.formats.safetensors import SafetensorsFile, TensorInfo
 from vivace.models.formats.strict_json import read_object
+from vivace.models.gguf.checkpoint import GgufTensors, generation_config, read_graph
+from vivace.models.gguf.tokenizer import tokenizer_from_metadata
 from vivace.models.location import resolve
 from vivace.models.tokenizer import Tokenizer
 
@@ -31,14 +36,25 @@ _SMALL_MODEL_BYTES = 64 * 2**20
 _SMALL_TENSOR_BYTES = 2**20
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 # Tensors of a model's layers or its head's bias; the layers of heads for further tokens are not.
-_USED = re.compile(r"(model\.)?(layers|h)\.\d+\.|lm_head\.bias$")
+_USED = re.compile(r"(model\.)?(layers|h)\.\d+\.|lm_head\.bias$|blk\.\d+\.|output\.bias$")
 # Causal masks and rotary frequencies that old checkpoints store.
 _DERIVED = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
-class Weights(Mapping[str, np.ndarray]):
+class TensorFile(Protocol):
+    """A file of tensors, checked when it was opened."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+
+    def array(self, name: str) -> np.ndarray | BlockTensor: ...
+
+
+class Weights(Mapping[str, Any]):
     """Checkpoint tensors by name, as read-only views of the mapped files.
+
+    A quantized matrix is a `BlockTensor`, decoded where `np.asarray` asks for its rows.
 
     Args:
         files: the shards.
@@ -47,8 +63,8 @@ class Weights(Mapping[str, np.ndarray]):
         BadFile: a name is there with and without the prefix.
     """
 
-    def __init__(self, files: list[SafetensorsFile], prefix: str = "") -> None:
-        self._stored: dict[str, tuple[SafetensorsFile, str]] = {}
+    def __init__(self, files: Sequence[TensorFile], prefix: str = "") -> None:
+        self._stored: dict[str, tuple[TensorFile, str]] = {}
         for file in files:
             for stored in file.tensors:
                 name = stored.removeprefix(prefix)
@@ -59,7 +75,7 @@ class Weights(Mapping[str, np.ndarray]):
                     )
                 self._stored[name] = file, stored
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> Any:
         file, stored = self._stored[name]
         return file.array(stored)
 
@@ -79,7 +95,7 @@ class Weights(Mapping[str, np.ndarray]):
     def check_finite(self, names: list[str]) -> None:
         """Search tensors for NaN and infinity. Raises `BadFile` that names the first."""
         for name in names:
-            if not _is_finite(self[name]):
+            if not _is_finite(np.asarray(self[name])):
                 raise BadFile(
                     f"{self.path(name)}: tensor {show(name)} has NaN or infinite values: "
                     "the checkpoint is damaged; download it again or use another one"
@@ -88,18 +104,27 @@ class Weights(Mapping[str, np.ndarray]):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be run: the block list, its weights, and what came beside them."""
+    """A model ready to be run: the block list, its weights, and what came beside them.
+
+    `path` is a directory or a GGUF file; `make_tokenizer` is None where the model has none.
+    """
 
     path: Path
     graph: ModelGraph
     weights: Weights
     config: Config
     generation_config: Config
+    make_tokenizer: Callable[[], Tokenizer] | None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Parsed on first use. Raises `BadFile`."""
-        tokenizer = Tokenizer.load(self.path)
+        """Parsed on first use. Raises `BadFile`, `ModelNotFound`."""
+        if self.make_tokenizer is None:
+            raise ModelNotFound(
+                f"{self.path}: has no tokenizer: save it as tokenizer.json beside the weights, or "
+                "give token ids"
+            )
+        tokenizer = self.make_tokenizer()
         if tokenizer.vocab_size > self.graph.vocab_size:
             raise BadFile(
                 f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens but the embedding "
@@ -109,7 +134,7 @@ class LoadedModel:
 
     @property
     def has_tokenizer(self) -> bool:
-        return (self.path / "tokenizer.json").exists()
+        return self.make_tokenizer is not None
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
@@ -117,9 +142,22 @@ class LoadedModel:
         tokenizer's."""
         ids = self.generation_config.token_ids("eos_token_id")
         ids = ids or self.config.token_ids("eos_token_id")
-        own = self.tokenizer.eos_token_id if self.has_tokenizer else None
-        ids = (*ids, *(() if own is None else (own,)))
-        return frozenset(item for item in ids if item < self.graph.vocab_size)
+        own = self.tokenizer.end_token_ids if self.has_tokenizer else frozenset()
+        return frozenset(item for item in (*ids, *own) if item < self.graph.vocab_size)
+
+    @property
+    def weight_format(self) -> dict[str, Any]:
+        """The weight format, with its options, that stores most matrices as the checkpoint does.
+
+        Blocks that no kernel reads become 16 bits; inputs are not rounded to them.
+        """
+        sizes: dict[tuple[str, bool], int] = {}
+        for name in {ref.name for ref in self.graph.linears()}:
+            info = self.weights.info(name)
+            kind = info.dtype.name, info.is_quantized
+            sizes[kind] = sizes.get(kind, 0) + math.prod(info.shape)
+        name, is_quantized = max(sizes, key=lambda kind: sizes[kind])
+        return {"name": name} | ({"arithmetic": "float32"} if is_quantized else {})
 
     def check_all_weights(self) -> None:
         """Search every tensor for NaN and infinity; reads the whole checkpoint."""
@@ -127,22 +165,41 @@ class LoadedModel:
 
 
 def load_model(location: str | Path) -> LoadedModel:
-    """Load a model by shipped name, directory or hub name; weights are mapped, not read.
+    """Load a model by shipped name, directory, GGUF file or hub name; weights are mapped, not read.
 
     Raises `ModelNotFound`, `UnsupportedModel`, `BadFile`.
     """
     path = resolve(location)
+    model = _from_gguf(path) if path.is_file() else _from_directory(path)
+    for fields in (model.config, model.generation_config):
+        for name in ("eos_token_id", "bos_token_id"):
+            fields.token_ids(name)
+    _check_weights(path, model.graph, model.weights)
+    return model
+
+
+def _from_directory(path: Path) -> LoadedModel:
     config = _read_config(path, "config.json")
     assert config is not None
     graph = graph_from_config(config)
     generation = _read_config(path, "generation_config.json", is_required=False)
     generation = generation or Config({}, "generation_config.json")
-    for fields in (config, generation):
-        for name in ("eos_token_id", "bos_token_id"):
-            fields.token_ids(name)
     weights = Weights(_open_files(path), name_prefix(graph.family))
-    _check_weights(path, graph, weights)
-    return LoadedModel(path, graph, weights, config, generation)
+    has_tokenizer = (path / "tokenizer.json").exists()
+    make_tokenizer = partial(Tokenizer.load, path) if has_tokenizer else None
+    return LoadedModel(path, graph, weights, config, generation, make_tokenizer)
+
+
+def _from_gguf(path: Path) -> LoadedModel:
+    file = GgufFile(path)
+    graph, config = read_graph(file)
+    source, metadata = str(path), file.metadata
+    has_tokenizer = metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
+    make_tokenizer = partial(tokenizer_from_metadata, metadata, source) if has_tokenizer else None
+    generation = generation_config(metadata, source)
+    return LoadedModel(
+        path, graph, Weights([GgufTensors(file)]), config, generation, make_tokenizer
+    )
 
 
 def _read_config(path: Path, name: str, is_required: bool = True) -> Config | None:

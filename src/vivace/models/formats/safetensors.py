@@ -48,12 +48,16 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor's dtype, shape and place, counted from the start of the file."""
+    """A tensor's dtype, shape and place, counted from the start of the file.
+
+    `dtype` is what a quantized tensor becomes when it is read.
+    """
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+    is_quantized: bool = False
 
 
 class SafetensorsFile:
