@@ -148,6 +148,7 @@ void translate(const std::exception_ptr& pointer, void*) {
 
 NB_MODULE(_native, m) {
   nb::register_exception_translator(translate);
+  bind_blocks(m);
   bind_linear(m);
   bind_program(m);
   bind_sampler(m);

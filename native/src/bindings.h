@@ -56,6 +56,7 @@ struct StepReferences {
 // A group's rows as `flatten` in executors/native.py gives them.
 GroupStep bind_group(nb::handle flat, int64_t num_rows, StepReferences& kept);
 
+void bind_blocks(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_program(nb::module_& m);
 void bind_sampler(nb::module_& m);

@@ -17,9 +17,11 @@ namespace vivace {
   extern const LinearKernels linear_kernels;       \
   extern const OpKernels op_kernels;               \
   extern const AttentionKernels attention_kernels; \
+  extern const BlockKernels block_kernels;         \
   }
-#define VIVACE_ROW(isa) \
-  {Isa::isa, #isa, &isa::linear_kernels, &isa::op_kernels, &isa::attention_kernels}
+#define VIVACE_ROW(isa)                                                                       \
+  {Isa::isa,           #isa, &isa::linear_kernels, &isa::op_kernels, &isa::attention_kernels, \
+   &isa::block_kernels}
 
 VIVACE_TABLES(generic)
 #if defined(__x86_64__)

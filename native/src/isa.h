@@ -9,6 +9,7 @@ inline constexpr int kNumIsas = 4;
 struct LinearKernels;
 struct OpKernels;
 struct AttentionKernels;
+struct BlockKernels;
 
 // Everything that is compiled once per instruction set. A kernel file `*_kernels.cpp` defines, in
 // namespace vivace::VIVACE_ISA, one table: `extern const LinearKernels linear_kernels`, and so on.
@@ -18,6 +19,7 @@ struct Kernels {
   const LinearKernels* linear;
   const OpKernels* ops;
   const AttentionKernels* attention;
+  const BlockKernels* blocks;
 };
 
 const char* isa_name(Isa isa);

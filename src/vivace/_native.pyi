@@ -147,6 +147,27 @@ def log_probs(
 ) -> _LogProbs:
     """Log-probabilities of `targets` [R], and of the `num_logprobs` largest logits per row."""
 
+# ------------------------------------------------------------ loading
+
+def decode_blocks(
+    format: str,
+    raw: NDArray[np.uint8],
+    out: np.ndarray,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> None:
+    """Decode rows of quantized blocks as GGUF stores them, `format` by its name there.
+
+    Args:
+        raw: [rows, bytes of a row].
+        out: [rows, weights of a row], float32, float16, or the bits of bfloat16 (uint16); rounded
+            to nearest even, denormals kept.
+        threads: of the pool that executors with so many threads share; None: all.
+        isa: instruction set; None: the best one. All give the same bits.
+    Raises:
+        NativeError: an unknown format, or shapes that do not fit together.
+    """
+
 # ------------------------------------------------------------ single kernels, for tests
 
 class Attention:

@@ -18,6 +18,7 @@ import numpy as np
 
 from vivace.errors import BadFile
 from vivace.models.config import show
+from vivace.models.formats.mapped_file import map_file
 from vivace.models.formats.strict_json import parse_object
 
 __all__ = ["SafetensorsFile", "TensorInfo"]
@@ -70,7 +71,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = _map_file(path)
+        self._map = map_file(path, _PREFIX_BYTES + 1, "safetensors")
         self.tensors = _parse_header(path, self._map)
 
     def array(self, name: str) -> np.ndarray:
@@ -82,19 +83,6 @@ class SafetensorsFile:
         if not flat.flags.aligned:
             flat = flat.copy()  # kernels read whole elements; such files are old and small
         return flat.reshape(info.shape)
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    try:
-        if not path.is_file():
-            raise BadFile(f"{path}: is missing or not a file: download the model again")
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if size <= _PREFIX_BYTES:
-                raise BadFile(f"{path}: has {size} bytes, too few for safetensors: download again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise BadFile(f"{path}: cannot be read ({error.strerror}): check the file") from error
 
 
 def _parse_header(path: Path, data: mmap.mmap) -> dict[str, TensorInfo]:
