@@ -22,7 +22,6 @@ from vivace.models.formats.gguf import GgufFile
 from vivace.models.formats.safetensors import SafetensorsFile, TensorInfo
 from vivace.models.formats.strict_json import read_object
 from vivace.models.gguf.checkpoint import GgufTensors, generation_config, read_graph
-from vivace.models.gguf.tokenizer import tokenizer_from_metadata
 from vivace.models.location import resolve
 from vivace.models.tokenizer import Tokenizer
 
@@ -142,7 +141,7 @@ class LoadedModel:
         tokenizer's."""
         ids = self.generation_config.token_ids("eos_token_id")
         ids = ids or self.config.token_ids("eos_token_id")
-        own = self.tokenizer.end_token_ids if self.has_tokenizer else frozenset()
+        own = self.tokenizer.eog_token_ids if self.has_tokenizer else frozenset()
         return frozenset(item for item in (*ids, *own) if item < self.graph.vocab_size)
 
     @property
@@ -191,6 +190,8 @@ def _from_directory(path: Path) -> LoadedModel:
 
 
 def _from_gguf(path: Path) -> LoadedModel:
+    from vivace.models.gguf.tokenizer import tokenizer_from_metadata
+
     file = GgufFile(path)
     graph, config = read_graph(file)
     source, metadata = str(path), file.metadata

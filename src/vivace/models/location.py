@@ -71,7 +71,7 @@ def _directory(path: Path) -> Path:
         return path
     suffix = path.suffix.lower()
     if suffix == ".gguf":
-        raise UnsupportedModel(f"{path}: GGUF files are not supported yet: use a safetensors model")
+        return path
     if suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}:
         raise UnsupportedModel(
             f"{path}: is a pickle, which can run code when read: convert it to safetensors"
