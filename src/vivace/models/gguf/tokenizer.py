@@ -1,1 +1,0 @@
-tokenizer_from_metadata=None
