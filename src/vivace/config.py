@@ -213,6 +213,13 @@ _OTHERS = (
         "instruction set of the kernels; unset: the best there is",
         choices=("generic", "avx2", "avx512", "avx512bf16"),
     ),
+    Setting(
+        "tokenization",
+        Kind.TEXT,
+        "merges",
+        "how text becomes tokens: as trained, the longest first, or the fewest",
+        choices=("merges", "greedy", "shortest"),
+    ),
     Setting("context", Kind.INTEGER, None, "tokens of a sequence; unset: the model's, to 8,192"),
     Setting("system", Kind.TEXT, None, "system message of a chat"),
     Setting(

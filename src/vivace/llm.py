@@ -22,6 +22,7 @@ from vivace.engine.sampling import NativeSampler
 from vivace.errors import BadFile, InvalidOption, InvalidRequest, QueueFull
 from vivace.executors.native import NativeExecutor
 from vivace.models.loading import LoadedModel, load_model
+from vivace.models.segmentation import Tokenization, check_tokenization
 from vivace.plan import DEFAULTS, Plan, ResolvedPlan, resolve
 from vivace.types import InputSegment, RequestKind, SamplingParams
 
@@ -67,6 +68,8 @@ class LLM:
         max_context: tokens of a sequence; `None`: the model's, but at most 8,192.
         cache_bytes: memory for keys and values; `None`: what two whole contexts need.
         isa: instruction set, at most what the machine has; `None`: the best one.
+        tokenization: how texts become tokens: by the vocabulary's `merges`, or without them, the
+            longest first (`greedy`) or the fewest (`shortest`).
     Raises:
         ModelError: the model cannot be loaded.
         UserError: the plan or an option is wrong.
@@ -82,8 +85,12 @@ class LLM:
         max_context: int | None = None,
         cache_bytes: int | None = None,
         isa: str | None = None,
+        tokenization: Tokenization = "merges",
     ) -> None:
+        check_tokenization(tokenization)
         self.model: LoadedModel = load_model(model)
+        is_own = tokenization == "merges"
+        self._tokenizer = None if is_own else self.model.tokenizer.without_merges(tokenization)
         _check_whole("threads", threads, 1024)
         _check_whole("cache_bytes", cache_bytes, 2**60)
         self.plan = _resolve(self.model, plan, weights, kv)
@@ -117,7 +124,7 @@ class LLM:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.model.tokenizer
+        return self._tokenizer or self.model.tokenizer
 
     @property
     def weight_bytes(self) -> int:

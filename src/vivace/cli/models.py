@@ -59,8 +59,8 @@ def load(model: str, settings: Settings, plan: str | None = None) -> LLM:
     """The model under the settings; `plan` replaces the plan and what it may choose."""
     from vivace.llm import LLM
 
-    threads, isa = settings["threads"], settings["isa"]
-    return LLM(model, threads=threads, isa=isa, **_options(settings, plan))
+    names = ("threads", "isa", "tokenization")
+    return LLM(model, **{name: settings[name] for name in names}, **_options(settings, plan))
 
 
 def _options(settings: Settings, plan: str | None = None) -> dict[str, Any]:

@@ -12,7 +12,15 @@ from vivace.config import SAMPLING, SETTINGS, Kind, Setting, resolve
 
 __all__ = ["MODEL", "SAMPLING", "command"]
 
-MODEL = ("plan", "weights", "kv", "threads", "isa", "context")  # what loading a model takes
+MODEL = (
+    "plan",
+    "weights",
+    "kv",
+    "threads",
+    "isa",
+    "context",
+    "tokenization",
+)  # what loading a model takes
 _ALWAYS = ("debug",)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer as Backend
 
-__all__ = ["Detokenizer", "make_detokenizer"]
+__all__ = ["Detokenizer", "Pieces", "bytes_of_letters", "make_detokenizer"]
 
 
 class Detokenizer(Protocol):
@@ -26,6 +26,25 @@ class Detokenizer(Protocol):
         ...
 
 
+class Pieces:
+    """The bytes of each token of a vocabulary where they do not depend on the tokens around it.
+
+    With `drops_space`, the space that begins a text is left out.
+    """
+
+    def __init__(self, pieces: Iterable[bytes], drops_space: bool) -> None:
+        self._pieces = tuple(pieces)
+        self.drops_space = drops_space
+
+    def of(self, token_id: int) -> bytes:
+        return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
+
+    def detokenizer(self, skipped: frozenset[int], before: Sequence[int] = ()) -> Detokenizer:
+        """A detokenizer that leaves out the tokens `skipped`, behind the tokens `before`."""
+        continues = any(self.of(item) for item in before if item not in skipped)
+        return _ByteStream(self.of, skipped, self.drops_space and not continues)
+
+
 def make_detokenizer(
     backend: Backend, skipped: frozenset[int], before: Sequence[int] = ()
 ) -> Detokenizer:
@@ -36,7 +55,7 @@ def make_detokenizer(
     """
     kinds = _decoder_kinds(backend)
     if kinds == ["ByteLevel"]:
-        return _ByteStream(backend, skipped)
+        return _ByteStream(lambda token_id: _spelled_bytes(backend, token_id), skipped)
     return _WindowStream(backend, skipped, before, "ByteLevel" in kinds)
 
 
@@ -49,26 +68,36 @@ def _decoder_kinds(backend: Backend) -> list[str]:
 
 
 class _ByteStream:
-    """For byte-level vocabularies, where each token is some bytes whatever stands around it."""
+    """For vocabularies where each token is some bytes whatever stands around it."""
 
-    def __init__(self, backend: Backend, skipped: frozenset[int]) -> None:
-        self._backend, self._skipped = backend, skipped
+    def __init__(
+        self,
+        bytes_of: Callable[[int], bytes],
+        skipped: frozenset[int],
+        drops_space: bool = False,
+    ) -> None:
+        self._bytes_of, self._skipped, self._drops_space = bytes_of, skipped, drops_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
-        return "" if token_id in self._skipped else self._utf8.decode(self._bytes(token_id))
+        piece = b"" if token_id in self._skipped else self._bytes_of(token_id)
+        if piece and self._drops_space:
+            piece = piece.removeprefix(b" ")
+            self._drops_space = False
+        return self._utf8.decode(piece)
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
 
-    def _bytes(self, token_id: int) -> bytes:
-        token = self._backend.id_to_token(token_id)
-        if token is None:
-            return b""
-        try:
-            return bytes(_BYTE_OF[char] for char in token)
-        except KeyError:  # an added token that is plain text
-            return token.encode()
+
+def _spelled_bytes(backend: Backend, token_id: int) -> bytes:
+    token = backend.id_to_token(token_id)
+    if token is None:
+        return b""
+    try:
+        return bytes(_BYTE_OF[char] for char in token)
+    except KeyError:  # an added token that is plain text
+        return token.encode()
 
 
 class _WindowStream:
@@ -117,7 +146,7 @@ class _WindowStream:
         return self._backend.decode(token_ids, skip_special_tokens=False)
 
 
-def _byte_alphabet() -> dict[str, int]:
+def bytes_of_letters() -> dict[str, int]:
     """The characters by which byte-level vocabularies spell bytes.
 
     Printable Latin-1 characters stand for themselves; other bytes take characters from 256 on.
@@ -128,4 +157,4 @@ def _byte_alphabet() -> dict[str, int]:
     return spelled | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+_BYTE_OF = bytes_of_letters()

@@ -14,7 +14,13 @@ from vivace.models.formats.strict_json import read_bytes, read_object
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["ChatTemplate", "Messages", "check_messages", "find_templates"]
+__all__ = [
+    "ChatTemplate",
+    "Messages",
+    "check_messages",
+    "check_templates",
+    "find_templates",
+]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -39,10 +45,15 @@ def find_templates(path: Path, tokenizer_config: Mapping[str, Any]) -> dict[str,
         found["default"] = _read(file)
     for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = _read(file)
-    for name, source in found.items():
-        if len(source) > MAX_TEMPLATE_BYTES:
-            raise BadFile(f"{path}: chat template '{name}' is longer than {MAX_TEMPLATE_BYTES}")
-    return found
+    return check_templates(found, str(path))
+
+
+def check_templates(templates: dict[str, str], source: str) -> dict[str, str]:
+    """The same templates. Raises `BadFile` for one that is too long; `source` names the file."""
+    for name, template in templates.items():
+        if len(template) > MAX_TEMPLATE_BYTES:
+            raise BadFile(f"{source}: chat template '{name}' is longer than {MAX_TEMPLATE_BYTES}")
+    return templates
 
 
 def _from_config(config: Mapping[str, Any], source: str) -> dict[str, str]:

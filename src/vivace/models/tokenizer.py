@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
-from vivace.errors import BadFile, InvalidRequest, ModelNotFound, PromptTooLong, TemplateError
+from vivace.errors import InvalidRequest, PromptTooLong, TemplateError
 from vivace.models.config import show
 from vivace.models.control_tokens import ControlTokens, unused_mark
-from vivace.models.detokenizer import Detokenizer, make_detokenizer
-from vivace.models.formats.strict_json import read_bytes, read_object
-from vivace.models.templates import ChatTemplate, Messages, check_messages, find_templates
+from vivace.models.detokenizer import Detokenizer, Pieces, make_detokenizer
+from vivace.models.segmentation import Encoded, Joined, Segmenter, Tokenization, check_tokenization
+from vivace.models.spans import TokenSpan, covering_spans
+from vivace.models.templates import ChatTemplate, Messages, check_messages
+from vivace.models.tokenizer_files import read_tokenizer
 
 __all__ = ["Tokenizer"]
 
-MAX_TOKENIZER_BYTES = 128 * 2**20
 _PIECE_CHARACTERS = 2**16
 _CUT_TOKENS = 256  # more than cutting a text in two can add
-_ROLES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 
 
 class Tokenizer:
@@ -37,6 +36,11 @@ class Tokenizer:
         backend: the tokenizer proper.
         special_tokens: texts by role, such as `eos_token`; templates see them.
         templates: chat templates by name; `default` is the usual one.
+        pieces: the bytes of each token; None: the backend's decoder says what tokens spell.
+        eog_token_ids: tokens that end an answer; None: the `eos_token`.
+        tokenization: by the vocabulary's `merges`, or without: see `Segmenter`.
+    Raises:
+        InvalidOption: the vocabulary has no such tokenization.
     """
 
     def __init__(
@@ -44,10 +48,18 @@ class Tokenizer:
         backend: Backend,
         special_tokens: Mapping[str, str] | None = None,
         templates: Mapping[str, str] | None = None,
+        pieces: Pieces | None = None,
+        eog_token_ids: Collection[int] | None = None,
+        tokenization: Tokenization = "merges",
     ) -> None:
+        check_tokenization(tokenization)
+        self._segmenter = None if tokenization == "merges" else Segmenter(backend, tokenization)
+        if self._segmenter is not None:
+            backend = self._segmenter.backend
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._pieces = pieces
         self._lock = threading.Lock()  # guards the switch between the two ways to encode
         self.special_tokens = dict(special_tokens or {})
         self._templates = dict(templates or {})
@@ -63,21 +75,28 @@ class Tokenizer:
         self._control_ids = self.special_ids - {unknown}
         self._control = ControlTokens(special.values())
         self.vocab_size = max(backend.get_vocab_size(), 1 + max(added, default=-1))
+        eos = self.eos_token_id
+        own = () if eos is None else (eos,)
+        self.eog_token_ids = frozenset(own if eog_token_ids is None else eog_token_ids)
 
     @staticmethod
-    def load(path: Path) -> Tokenizer:
-        """Read `tokenizer.json` and the files beside it. Raises `BadFile`, `ModelNotFound`."""
-        file = path / "tokenizer.json"
-        if not file.exists():
-            raise ModelNotFound(
-                f"{path}: has no tokenizer.json: save the tokenizer in its fast form beside it"
-            )
-        config = _read_optional(path / "tokenizer_config.json")
-        data = read_bytes(file, MAX_TOKENIZER_BYTES)
-        backend = _guarded(str(file), lambda: Backend.from_buffer(data))
-        special = _special_tokens(path, config)
-        _guarded(str(file), lambda: _add_tokens(backend, config, special))
-        return Tokenizer(backend, special, find_templates(path, config))
+    def load(path: Path, tokenization: Tokenization = "merges") -> Tokenizer:
+        """Read `tokenizer.json` and the files beside it.
+
+        Raises `BadFile`, `ModelNotFound`, `InvalidOption`.
+        """
+        return Tokenizer(*read_tokenizer(path), tokenization=tokenization)
+
+    def without_merges(self, tokenization: Tokenization) -> Tokenizer:
+        """The same vocabulary with another way to tokenize. Raises `InvalidOption`."""
+        return Tokenizer(
+            self._backend,
+            self.special_tokens,
+            self._templates,
+            self._pieces,
+            self.eog_token_ids,
+            tokenization,
+        )
 
     @property
     def bos_token_id(self) -> int | None:
@@ -123,10 +142,10 @@ class Tokenizer:
         check_text(text)
         if max_tokens is not None and len(text) > _PIECE_CHARACTERS:
             self._check_length(text, max_tokens)
-        encoding = self._encode(text, add_special, allow_special)
-        ids = encoding.ids
+        encoded = self._encode(text, add_special, allow_special)
+        ids = encoded.ids
         if not allow_special and not self._control_ids.isdisjoint(ids):
-            return self._without_control(text, encoding)
+            return self._without_control(text, encoded).ids
         if allow_special and add_special and len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id:
             return ids[1:]
         return ids
@@ -142,38 +161,70 @@ class Tokenizer:
                 estimate = round(count * len(text) / end)
                 raise PromptTooLong(estimate, max_tokens, is_estimate=True)
 
-    def _encode(self, text: str, add_special: bool, allow_special: bool) -> Encoding:
+    def _encode(self, text: str, add_special: bool, allow_special: bool) -> Encoded:
         with self._lock:
             self._backend.encode_special_tokens = not allow_special
-            return self._backend.encode(text, add_special_tokens=add_special)
+            encoding = self._backend.encode(text, add_special_tokens=add_special)
+        return encoding if self._segmenter is None else self._segmenter(encoding)
 
-    def _without_control(self, text: str, encoding: Encoding) -> list[int]:
+    def encode_with_offsets(
+        self, text: str, add_special: bool = True, allow_special: bool = False
+    ) -> list[TokenSpan]:
+        """The tokens that `encode` gives, each with the characters of `text` it stands for.
+
+        See `covering_spans` for what spans mean. Raises `InvalidRequest`.
+        """
+        check_text(text)
+        encoded = self._encode(text, add_special, allow_special)
+        if not allow_special and not self._control_ids.isdisjoint(encoded.ids):
+            encoded = self._without_control(text, encoded)
+        rows = covering_spans(encoded, len(text), self._backend.token_to_id("▁"))
+        is_twice = len(rows) > 1 and rows[0].token_id == rows[1].token_id == self.bos_token_id
+        return rows[1:] if allow_special and add_special and is_twice else rows
+
+    def _without_control(self, text: str, encoded: Encoded) -> Encoded:
         """Encode again where a vocabulary holds special tokens as words of its own: cut them.
 
         What the tokenizer put around the text stays.
         """
-        ids, added = encoding.ids, encoding.special_tokens_mask
-        begin = next((i for i, flag in enumerate(added) if not flag), len(added))
-        end = next((i for i in range(len(added), begin, -1) if not added[i - 1]), begin)
+        ids, offsets, mask = encoded.ids, encoded.offsets, encoded.special_tokens_mask
+        begin = next((i for i, flag in enumerate(mask) if not flag), len(mask))
+        end = next((i for i in range(len(mask), begin, -1) if not mask[i - 1]), begin)
         found = [i for i in range(begin, end) if ids[i] in self._control_ids]
-        if not found:
-            return ids
-        offsets = encoding.offsets
         cuts = [cut for cut in (offsets[i][0] + 1 for i in found) if cut < len(text)]
         if not cuts:
-            return ids
-        pieces = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)]) if a < b]
-        plain = [item for piece in pieces for item in self.encode(piece, add_special=False)]
-        return [*ids[:begin], *plain, *ids[end:]]
+            return encoded
+        pieces = [
+            (a, self._plain(text[a:b]))
+            for a, b in itertools.pairwise([0, *cuts, len(text)])
+            if a < b
+        ]
+        plain = [item for _, piece in pieces for item in piece.ids]
+        moved = [(at + a, at + b) for at, piece in pieces for a, b in piece.offsets]
+        return Joined(
+            [*ids[:begin], *plain, *ids[end:]],
+            [*offsets[:begin], *moved, *offsets[end:]],
+            [*mask[:begin], *(0 for _ in plain), *mask[end:]],
+        )
+
+    def _plain(self, text: str) -> Encoded:
+        encoded = self._encode(text, False, False)
+        is_plain = self._control_ids.isdisjoint(encoded.ids)
+        return encoded if is_plain else self._without_control(text, encoded)
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of tokens; bytes that are not UTF-8 become U+FFFD."""
         known = [int(item) for item in token_ids if 0 <= item < self.vocab_size]
-        return self._backend.decode(known, skip_special_tokens=skip_special)
+        if self._pieces is None:
+            return self._backend.decode(known, skip_special_tokens=skip_special)
+        stream = self.detokenizer(skip_special=skip_special)
+        return "".join(map(stream.add, known)) + stream.finish()
 
     def detokenizer(self, before: Sequence[int] = (), skip_special: bool = True) -> Detokenizer:
         """A stream whose pieces join to what `decode` adds for them behind the tokens `before`."""
         skipped = self.special_ids if skip_special else frozenset()
+        if self._pieces is not None:
+            return self._pieces.detokenizer(skipped, before)
         return make_detokenizer(self._backend, skipped, before)
 
     # ------------------------------------------------------------ conversations
@@ -249,57 +300,3 @@ def check_text(text: str) -> None:
         raise InvalidRequest(
             f"text has a lone surrogate at character {error.start}: expected valid Unicode"
         ) from error
-
-
-# ---------------------------------------------------------------- files
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.exists() else {}
-
-
-def _guarded(source: str, action: Callable[[], Any]) -> Any:
-    """Run the native tokenizer; its errors and panics become ours."""
-    try:
-        return action()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic in native code is not an Exception
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise BadFile(f"{source}: is not a tokenizer ({reason}): download it again") from error
-
-
-def _special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of special tokens by role; `tokenizer_config.json` wins over the special tokens map."""
-    found = {}
-    for values in (_read_optional(path / "special_tokens_map.json"), config):
-        for role in _ROLES:
-            value = values.get(role)
-            if isinstance(value, Mapping):
-                value = value.get("content")
-            if isinstance(value, str) and value:
-                found[role] = value
-    return found
-
-
-def _add_tokens(backend: Backend, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
-    """Add the tokens of `tokenizer_config.json` that `tokenizer.json` lacks, at their ids."""
-    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    listed = config.get("added_tokens_decoder", {})
-    if not isinstance(listed, Mapping):
-        raise ValueError("added_tokens_decoder is not an object")
-    for token_id, fields in sorted(listed.items(), key=lambda item: int(item[0])):
-        content = fields["content"]
-        if content in known:
-            continue
-        flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
-        given = {flag: bool(fields[flag]) for flag in flags if flag in fields}
-        backend.add_tokens([AddedToken(content, **given)])
-        if backend.token_to_id(content) != int(token_id):
-            raise ValueError(f"added token {content!r} does not get its id {token_id}")
-    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    extra = [item.get("content") if isinstance(item, Mapping) else item for item in extra]
-    for content in (*special.values(), *(item for item in extra if isinstance(item, str))):
-        token = known.get(content)
-        if backend.token_to_id(content) is not None and (token is None or not token.special):
-            backend.add_special_tokens([content])
