@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vivace.errors import UnsupportedModel, nearest
+from vivace.models._decoder import MAX_LAYERS
 from vivace.models.config import REQUIRED, Config
 
 __all__ = ["ARCHITECTURES", "Architecture", "Metadata", "architecture_of", "config_from_metadata"]
@@ -45,8 +46,17 @@ class Metadata:
     def bad(self, name: str, wanted: str) -> Exception:
         return self._config.bad(self._key(name), wanted)
 
-    def integer(self, name: str, default: Any = REQUIRED, low: int = 1) -> Any:
-        return self._config.integer(self._key(name), default, low=low)
+    def given(self, name: str) -> Any:
+        """A value as it is, None where there is none."""
+        return self._config.values.get(self._key(name))
+
+    def integer(
+        self, name: str, default: Any = REQUIRED, low: int = 1, high: int = 2**31 - 1
+    ) -> Any:
+        return self._config.integer(self._key(name), default, low=low, high=high)
+
+    def num_layers(self) -> int:
+        return self.integer("block_count", high=MAX_LAYERS)
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
         return self._config.number(self._key(name), default)
@@ -56,7 +66,7 @@ class Metadata:
 
     def per_layer(self, name: str, count: int, default: Any = REQUIRED) -> list[int]:
         """One number for all layers, or a list with one for each; 0 means there is none."""
-        value = self._config.values.get(self._key(name))
+        value = self.given(name)
         if not isinstance(value, list | np.ndarray):
             return [self.integer(name, default, low=0)] * count
         items = [int(item) for item in value if _is_whole(item)]
@@ -151,7 +161,7 @@ def config_from_metadata(
 
 def _common(metadata: Metadata) -> dict[str, Any]:
     """The fields that Llama and its relatives share."""
-    num_layers = metadata.integer("block_count")
+    num_layers = metadata.num_layers()
     hidden_size = metadata.integer("embedding_length")
     num_heads = max(metadata.per_layer("attention.head_count", num_layers))
     if num_heads < 1:
@@ -270,7 +280,7 @@ def _factors(factors: Arrays, length: str) -> list[float]:
 
 
 def _gpt2(metadata: Metadata) -> dict[str, Any]:
-    num_layers, hidden_size = metadata.integer("block_count"), metadata.integer("embedding_length")
+    num_layers, hidden_size = metadata.num_layers(), metadata.integer("embedding_length")
     return {
         "n_layer": num_layers,
         "n_embd": hidden_size,
@@ -327,7 +337,7 @@ def _phimoe(metadata: Metadata, common: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layer_kinds(metadata: Metadata, num_layers: int, pattern: int) -> list[str]:
     """Every `pattern`-th layer reads all of the past; or a list says which read a window."""
-    given = metadata._config.values.get(f"{metadata.architecture}.attention.sliding_window_pattern")
+    given = metadata.given("attention.sliding_window_pattern")
     if isinstance(given, list | np.ndarray):
         if len(given) != num_layers:
             raise metadata.bad("attention.sliding_window_pattern", f"{num_layers} booleans")

@@ -54,7 +54,9 @@ class GgufTensors:
 
     def array(self, name: str) -> np.ndarray | BlockTensor:
         array = self._file.array(name)
-        return array.reshape(1, -1) if _is_gate(name) and array.ndim == 1 else array
+        if isinstance(array, np.ndarray) and array.ndim == 1 and _is_gate(name):
+            return array[None]
+        return array
 
 
 def _is_gate(name: str) -> bool:
