@@ -94,7 +94,9 @@ class GgufFile:
         Quantized matrices are a `BlockTensor`; a quantized vector is decoded to float32.
         """
         info = self.tensors[name]
-        shape = info.shape if len(info.shape) < 3 else (math.prod(info.shape[:-1]), info.shape[-1])
+        shape = info.shape
+        if len(shape) > 2:
+            shape = (math.prod(shape[:-1]), shape[-1])
         raw = np.zeros(0, np.uint8)
         if info.num_bytes:
             raw = np.frombuffer(self._maps[info.part], np.uint8, info.num_bytes, info.offset)
