@@ -23,6 +23,7 @@ from vivace.blocks import (
     WeightRef,
 )
 from vivace.executors.native import NativeExecutor
+from vivace.models.formats.block_tensor import BlockTensor
 from vivace.plan import Plan, resolve
 from vivace.types import GroupRows, Mask, Segment, Span, Step, Wants
 
@@ -107,7 +108,7 @@ def llama(
 
 def executor(
     graph: ModelGraph,
-    weights: Mapping[str, np.ndarray],
+    weights: Mapping[str, np.ndarray | BlockTensor],
     *,
     weight_format: str = "float32",
     kv_store: str = "float32",

@@ -439,7 +439,7 @@ def test_what_a_block_tensor_cannot_do():
 
 def test_native_arguments_are_checked():
     raw, out = random_blocks("Q4_0", 2, 64), np.zeros((2, 64), np.float32)
-    for arguments, message in (
+    cases: list[tuple[tuple[Any, ...], str]] = [
         (("Q4_9", raw, out), "there is no block format 'Q4_9': expected one of Q4_0, "),
         (("Q4_0", raw[:, :35].copy(), out), "a row has 35 bytes: expected a multiple of the 18"),
         (("Q4_0", raw, out[:1]), r"out has the shape \[1, 64\]: expected \[2, 64\]"),
@@ -448,7 +448,8 @@ def test_native_arguments_are_checked():
         (("Q4_0", raw, out.astype(np.int16)), "expected float32, float16 or uint16"),
         (("Q4_0", raw, out, 0), "threads is 0"),
         (("Q4_0", raw, out, 1, "sse9"), "'sse9'"),
-    ):
+    ]
+    for arguments, message in cases:
         with pytest.raises(NativeError, match=message):
             _native.decode_blocks(*arguments)
     out.flags.writeable = False

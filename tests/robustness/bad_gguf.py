@@ -351,7 +351,8 @@ for label, dims, expected in (
 ):
     type = 28 if "above 2^64" in label else 0
     tensor(label, expected, floats(dims=dims, type=type))
-for label in "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL MXFP4".split():
+DECODED = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL MXFP4"
+for label in DECODED.split():
     type = GGMLQuantizationType[label]
     block, _ = gguf.GGML_QUANT_SIZES[type]
     tensor(
@@ -495,19 +496,16 @@ def part_of(path: Path, number: int, count: int = 3) -> Path:
     return path.with_name(f"model-{number:05d}-of-{count:05d}.gguf")
 
 
-def parts(count: int = 3) -> list[RawGguf]:
-    """Parts of one tensor each."""
-    return [
-        RawGguf(
-            keys=[
-                key("split.no", UINT16, pack("H", number)),
-                key("split.count", UINT16, pack("H", count)),
-                key("split.tensors.count", INT32, pack("i", count)),
-            ],
-            tensors=[floats(f"t{number}".encode())],
-        )
-        for number in range(count)
-    ]
+def part(index: int, count: int = 3) -> RawGguf:
+    """A part with one tensor."""
+    return RawGguf(
+        keys=[
+            key("split.no", UINT16, pack("H", index)),
+            key("split.count", UINT16, pack("H", count)),
+            key("split.tensors.count", INT32, pack("i", count)),
+        ],
+        tensors=[floats(f"t{index}".encode())],
+    )
 
 
 def split(name: str, expected: str, edit: Callable[[list[RawGguf]], Any]) -> None:
@@ -515,7 +513,7 @@ def split(name: str, expected: str, edit: Callable[[list[RawGguf]], Any]) -> Non
 
     @case(f"split: {name}", expected)
     def damage(path: Path) -> None:
-        files = parts()
+        files = [part(index) for index in range(3)]
         edit(files)
         for number, raw in enumerate(files, 1):
             part_of(path, number).write_bytes(raw.bytes())
@@ -591,19 +589,18 @@ split("a part with a bad offset", "model-00003", lambda p: setattr(p[2].tensors[
 
 @case("split: the first part missing", "part model-00001-of-00003.gguf is missing (1 of 3)")
 def _first_missing(path: Path) -> None:
-    for number, raw in enumerate(parts(), 1):
-        if number > 1:
-            part_of(path, number).write_bytes(raw.bytes())
+    for index in (1, 2):
+        part_of(path, index + 1).write_bytes(part(index).bytes())
 
 
 @case("split: renamed", "is part of a split into 3: expected a name that ends in")
 def _renamed(path: Path) -> None:
-    path.write_bytes(parts()[0].bytes())
+    path.write_bytes(part(0).bytes())
 
 
 @case("split: 65535 parts", "is split into 65535 files: expected at most 512")
 def _many_parts(path: Path) -> None:
-    part_of(path, 1, 65535).write_bytes(parts(65535)[0].bytes())
+    part_of(path, 1, 65535).write_bytes(part(0, 65535).bytes())
 
 
 @case("split: another tool's", "is named as one of 2 parts but is not a part of a split")

@@ -106,8 +106,8 @@ class GgufFile:
                 flat = flat.copy()  # kernels read whole elements
                 flat.flags.writeable = False
             return flat.reshape(shape)
-        row_bytes = shape[-1] // info.type.block_size * info.type.block_bytes
-        blocks = BlockTensor(info.type, raw.reshape(math.prod(shape[:-1]), row_bytes))
+        row_bytes = info.shape[-1] // info.type.block_size * info.type.block_bytes
+        blocks = BlockTensor(info.type, raw.reshape(math.prod(info.shape[:-1]), row_bytes))
         return blocks if len(shape) == 2 else blocks.decode().reshape(shape)
 
 
