@@ -27,6 +27,7 @@ from vivace.blocks import (
     WeightRef,
 )
 from vivace.executors.native import NativeExecutor
+from vivace.models.formats.block_tensor import BlockTensor
 from vivace.plan import Plan, resolve
 from vivace.types import GroupRows, Mask, Segment, Span, Step, Wants
 
@@ -178,7 +179,7 @@ def mixture(hidden: int = 48, **options) -> tuple[ModelGraph, dict[str, np.ndarr
 
 def executor(
     graph: ModelGraph,
-    weights: Mapping[str, np.ndarray],
+    weights: Mapping[str, np.ndarray | BlockTensor],
     *,
     weight_format: str = "float32",
     kv_store: str = "float32",

@@ -21,6 +21,7 @@ from vivace.blocks import (
     weight_refs,
 )
 from vivace.errors import BadFile, NativeError, UnsupportedModel
+from vivace.models.formats.block_tensor import BlockTensor
 from vivace.models.rope import rope_table
 from vivace.techniques.kv_stores.base import KVStore
 from vivace.techniques.weight_formats.base import WeightFormat
@@ -43,7 +44,7 @@ class NativeExecutor:
 
     Args:
         graph: the block list.
-        weights: checkpoint tensors by name, mapped or in memory.
+        weights: checkpoint tensors by name, mapped or in memory, as arrays or quantized blocks.
         weight_format: stores the matrices; those stored so already stay mapped.
         kv_store: stores keys and values.
         threads: number of threads; None: as many as this process may use.
@@ -59,7 +60,7 @@ class NativeExecutor:
     def __init__(
         self,
         graph: ModelGraph,
-        weights: Mapping[str, np.ndarray],
+        weights: Mapping[str, np.ndarray | BlockTensor],
         weight_format: WeightFormat,
         kv_store: KVStore,
         *,
@@ -250,7 +251,7 @@ class _Tensors:
     def __init__(
         self,
         graph: ModelGraph,
-        weights: Mapping[str, np.ndarray],
+        weights: Mapping[str, np.ndarray | BlockTensor],
         weight_format: WeightFormat,
         program: _native.Program,
     ) -> None:
@@ -286,14 +287,21 @@ class _Tensors:
     def matrix(self, ref: WeightRef) -> np.ndarray:
         """The packed matrix, its elements as plain bits where numpy has no type for them."""
         if ref not in self._packed:
-            packed = np.ascontiguousarray(self._format.pack(self._stored(ref)))
+            packed = np.ascontiguousarray(self._pack(ref))
             bits = packed if packed.dtype == np.float32 else packed.view(np.uint16)
             if not self._program.is_finite(bits):
                 raise BadFile(_not_finite(ref.name))
             self._packed[ref] = bits
         return self._packed[ref]
 
-    def _stored(self, ref: WeightRef) -> np.ndarray:
+    def _pack(self, ref: WeightRef) -> np.ndarray:
+        stored = self._stored(ref)
+        try:
+            return self._format.pack(stored)
+        except BadFile as error:
+            raise BadFile(f"tensor '{ref.name}': {error}") from error
+
+    def _stored(self, ref: WeightRef) -> np.ndarray | BlockTensor:
         if ref.name not in self._weights:
             raise BadFile(f"the checkpoint has no tensor '{ref.name}': expected {list(ref.shape)}")
         stored = self._weights[ref.name]

@@ -332,6 +332,7 @@ class _PackedModel(TorchModel):
 
 def to_torch(array: np.ndarray) -> Tensor:
     """A tensor over an array, without a copy where it may be written; knows bfloat16."""
+    array = np.asarray(array)  # decodes quantized blocks
     if not array.flags.writeable:
         array = array.copy()
     if array.dtype.name == "bfloat16":

@@ -94,7 +94,9 @@ class GgufFile:
         Quantized matrices are a `BlockTensor`; a quantized vector is decoded to float32.
         """
         info = self.tensors[name]
-        shape = info.shape if len(info.shape) < 3 else (math.prod(info.shape[:-1]), info.shape[-1])
+        shape = info.shape
+        if len(shape) > 2:
+            shape = (math.prod(shape[:-1]), shape[-1])
         raw = np.zeros(0, np.uint8)
         if info.num_bytes:
             raw = np.frombuffer(self._maps[info.part], np.uint8, info.num_bytes, info.offset)
@@ -104,8 +106,8 @@ class GgufFile:
                 flat = flat.copy()  # kernels read whole elements
                 flat.flags.writeable = False
             return flat.reshape(shape)
-        row_bytes = shape[-1] // info.type.block_size * info.type.block_bytes
-        blocks = BlockTensor(info.type, raw.reshape(math.prod(shape[:-1]), row_bytes))
+        row_bytes = info.shape[-1] // info.type.block_size * info.type.block_bytes
+        blocks = BlockTensor(info.type, raw.reshape(math.prod(info.shape[:-1]), row_bytes))
         return blocks if len(shape) == 2 else blocks.decode().reshape(shape)
 
 

@@ -10,9 +10,11 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from vivace.errors import BadFile
-from vivace.techniques.weight_formats.base import Grid, WeightFormat, widen
+from vivace.techniques.weight_formats.base import Grid, Matrix, WeightFormat, widen
 
 __all__ = ["PlainFormat"]
+
+_PIECE_WEIGHTS = 2**20  # converted at a time, so that no second copy of a matrix is made
 
 
 class PlainFormat(WeightFormat):
@@ -37,15 +39,20 @@ class PlainFormat(WeightFormat):
     def kernel(self) -> str:
         return self.storage if self.rounds_inputs else f"{self.storage}_float32"
 
-    def pack(self, weight: np.ndarray) -> np.ndarray:
-        if weight.dtype == self._dtype:
+    def pack(self, weight: Matrix) -> np.ndarray:
+        if isinstance(weight, np.ndarray) and weight.dtype == self._dtype:
             return weight
-        with np.errstate(over="ignore"):
-            packed = weight.astype(self._dtype)
-        if not np.isfinite(packed.astype(np.float32)).all():
-            raise BadFile(
-                f"a weight is not finite as {self.storage}: use the format 'float32' or 'bfloat16'"
-            )
+        packed = np.empty(weight.shape, self._dtype)
+        num_rows = max(1, _PIECE_WEIGHTS // max(1, weight.shape[1]))
+        for first in range(0, len(packed), num_rows):
+            rows, piece = weight[first : first + num_rows], packed[first : first + num_rows]
+            with np.errstate(over="ignore"):
+                piece[...] = np.asarray(rows, self._dtype)
+            if not _is_finite(piece) and _is_finite(np.asarray(rows, np.float32)):
+                raise BadFile(
+                    f"a weight is not finite as {self.storage}: "
+                    "use the format 'float32' or 'bfloat16'"
+                )
         return packed
 
     def linear(self, x: Any, buffer: Any) -> Any:
@@ -64,3 +71,11 @@ class PlainFormat(WeightFormat):
 
     def dequant(self, buffer: Any) -> Any:
         return widen(buffer)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether no exponent is all ones; compares the bits without their sign."""
+    unsigned = np.dtype(f"u{array.itemsize}")
+    sign = unsigned.type(1 << 8 * array.itemsize - 1)
+    infinity = np.array(np.inf, array.dtype).view(unsigned)
+    return bool((array.view(unsigned) & ~sign).max(initial=0) < infinity)

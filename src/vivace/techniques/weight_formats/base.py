@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vivace.registry import Technique
 
-__all__ = ["Grid", "WeightFormat", "widen"]
+__all__ = ["Grid", "Matrix", "WeightFormat", "widen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,15 @@ class Grid:
     storage: str  # numpy or ml_dtypes name of an element
     bits_per_weight: float
     group_size: int | None = None  # None: nothing is shared
+
+
+class Matrix(Protocol):
+    """A matrix [out, in] of a checkpoint: an array, or blocks that `np.asarray` decodes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
 
 
 class WeightFormat(Technique):
@@ -40,8 +49,14 @@ class WeightFormat(Technique):
         """The name under which native code knows this format and its arithmetic."""
 
     @abstractmethod
-    def pack(self, weight: np.ndarray) -> np.ndarray:
-        """Store a matrix [out, in]; returns `weight` itself, still mapped, if it is stored so."""
+    def pack(self, weight: Matrix) -> np.ndarray:
+        """Store a matrix [out, in]; returns `weight` itself, still mapped, if it is stored so.
+
+        NaN and infinity in `weight` are kept: who packs looks for them.
+
+        Raises:
+            BadFile: a finite weight cannot be stored as a finite one.
+        """
 
     @abstractmethod
     def linear(self, x: Any, buffer: Any) -> Any:
