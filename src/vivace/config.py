@@ -201,7 +201,9 @@ _SAMPLING = (
     Setting("n", Kind.INTEGER, 1, "number of answers"),
 )
 _OTHERS = (
-    Setting("model", Kind.TEXT, "tiny", "directory, org/name on the hub, or a shipped name"),
+    Setting(
+        "model", Kind.TEXT, "tiny", "directory, GGUF file, org/name on the hub, or a shipped name"
+    ),
     Setting("plan", Kind.TEXT, None, "TOML file that chooses techniques"),
     Setting("weights", Kind.TEXT, None, "how weights are stored: a weight_formats technique"),
     Setting("kv", Kind.TEXT, None, "how keys and values are stored: a kv_stores technique"),

@@ -60,7 +60,7 @@ class LLM:
     Methods may be called from several threads; their requests share the engine's steps.
 
     Args:
-        model: a directory, `org/name` on the hub, or a shipped name.
+        model: a directory, a GGUF file, `org/name` on the hub, or a shipped name.
         plan: which techniques run: a `Plan`, or the path of a TOML file; `None`: the exact default.
         weights: weight format, by name, or a table with its options; over what the plan says.
         kv: likewise the key/value store. By default both follow the checkpoint's type.

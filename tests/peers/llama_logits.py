@@ -2,17 +2,19 @@
 
     python llama_logits.py MODEL.gguf TOKENS.npy OUT.npy
 
-TOKENS is [sequences, n] int32, OUT becomes [sequences, n, vocab] float32. The cache is float32 and attention plain, so that
-what differs from another engine is the arithmetic of matrices alone.
+TOKENS is [sequences, n] int32, OUT becomes [sequences, n, vocab] float32. The cache is float32 and
+attention plain, so that what differs from another engine is the arithmetic of matrices alone.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import sys
 
-import llama_cpp
 import numpy as np
+
+llama_cpp = importlib.import_module("llama_cpp")  # not in the Python that checks types
 
 
 def logits(model_path: str, sequences: np.ndarray) -> np.ndarray:

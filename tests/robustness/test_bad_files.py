@@ -191,7 +191,6 @@ def test_unaligned_data_is_read(good, tmp_path):
 
 def test_locations_that_are_no_model(tmp_path):
     for name, error in {
-        "model.gguf": UnsupportedModel,
         "pytorch_model.bin": UnsupportedModel,
         "config.json": UnsupportedModel,
         "notes.txt": UnsupportedModel,

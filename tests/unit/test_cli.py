@@ -14,7 +14,9 @@ import pytest
 
 from vivace.cli import main
 from vivace.cli.chat import read_message
+from vivace.cli.models import names_model
 from vivace.config import SETTINGS
+from vivace.models import families
 
 pytestmark = pytest.mark.usefixtures("own_surroundings")
 
@@ -145,6 +147,8 @@ def test_config_show_says_where_values_come_from(
         (["eval", "tiny", "--perplexity", "."], "directory"),
         (["eval", "--kl", "p.toml"], "--kl needs a text"),
         (["pull", "tiny"], "'tiny' is not a hub name: expected org/name"),
+        (["pull", "org/absent@v2:Q4_K_M"], "model 'org/absent' is not in the cache and the hub"),
+        (["run", "org/absent@v2:Q4_K_M"], "no prompt"),
         (["config"], "Missing command"),
     ],
 )
@@ -190,7 +194,7 @@ def test_an_unknown_architecture_lists_the_known_ones(
     (tmp_path / "config.json").write_text('{"model_type": "lama"}')
     message = refused(capsys, "run", str(tmp_path), "hi")
     assert "'lama' is not supported" in message
-    assert "llama, qwen2, qwen3" in message
+    assert message.endswith(", ".join(families()))
 
 
 def test_settings_that_are_none_are_refused(
@@ -229,6 +233,30 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("setting")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "is_model"),
+    [
+        ("tiny", True),
+        (".", True),
+        ("./nowhere", True),
+        ("nowhere.gguf", True),
+        ("my own model.GGUF", True),
+        ("a gguf that is not here.gguf", False),
+        ("org/name", True),
+        ("org/name@v2", True),
+        ("org/name:Q4_K_M", True),
+        ("org/name@refs/pr/1:q8_0", True),
+        ("org/name:Q8_0/name-00001-of-00002.gguf", True),
+        ("and/or: which is it", False),
+        ("hello", False),
+        ("https://example.org/page", False),
+    ],
+)
+def test_a_model_is_told_from_a_prompt(tmp_path: Path, text: str, is_model: bool) -> None:
+    (tmp_path / "my own model.GGUF").touch()
+    assert names_model(text) is is_model
 
 
 # ---------------------------------------------------------------- messages of a chat

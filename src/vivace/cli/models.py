@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +25,19 @@ __all__ = [
     "sampling_params",
 ]
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-
 
 def names_model(text: str) -> bool:
     """Whether an argument that could be a model or a prompt is a model."""
+    from vivace.models.hub import is_hub_name
     from vivace.models.location import shipped
 
-    if os.path.isdir(text):
+    if os.path.isdir(text) or (text.lower().endswith(".gguf") and os.path.isfile(text)):
         return True
     return len(text.split()) == 1 and (
         text.startswith(("/", "./", "../", "~/"))
         or text.endswith((".gguf", ".safetensors"))
         or text in shipped()
-        or _HUB_NAME.fullmatch(text) is not None
+        or is_hub_name(text)
     )
 
 

@@ -16,22 +16,29 @@ __all__ = ["pull"]
 def _pull(settings: Settings, model: str) -> None:
     """Download a model, or what is new of it.
 
+    Of a repository with GGUF files, QUANT is the quantization to fetch, such as Q4_K_M, or the name
+    of a file; without it they are fetched only where there are no safetensors.
+
     It goes to the cache of the hub; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning.
     """
     from huggingface_hub.utils import disable_progress_bars
 
-    from vivace.models import location
+    from vivace.models import hub
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    name, _, revision = model.partition("@")
-    path = location.pull(name, revision or None)
+    name, revision, quantization = hub.split_hub_name(model)
+    path = hub.pull(name, revision, quantization)
     if settings["json"]:
-        print_json({"name": name, "revision": revision or None, "path": str(path)})
+        named = {"name": name, "revision": revision, "quantization": quantization}
+        print_json(named | {"path": str(path)})
     else:
         print(path)
 
 
 pull = command(
-    "pull", _pull, "json", parameters=(click.Argument(["model"], metavar="ORG/NAME[@REVISION]"),)
+    "pull",
+    _pull,
+    "json",
+    parameters=(click.Argument(["model"], metavar="ORG/NAME[@REVISION][:QUANT]"),),
 )

@@ -23,9 +23,10 @@ __all__ = ["run"]
 def _run(settings: Settings, model: str | None, prompt: str | None) -> None:
     """Answer a prompt, or chat.
 
-    MODEL is a directory, org/name on the hub, or a shipped name. A single argument that is none of
-    these is the prompt. Text piped in is the prompt, too, after PROMPT if both are given. With
-    neither it is a chat. Where a checkpoint recommends sampling settings, they are the defaults.
+    MODEL is a directory, a GGUF file, org/name on the hub (org/name:Q4_K_M for one of its GGUF
+    files), or a shipped name. A single argument that is none of these is the prompt. Text piped in
+    is the prompt, too, after PROMPT if both are given. With neither it is a chat. Where a
+    checkpoint recommends sampling settings, they are the defaults.
     """
     from vivace.cli import models
 

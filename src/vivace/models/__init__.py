@@ -14,8 +14,8 @@ __all__ = ["families", "graph_from_config", "name_prefix"]
 
 # Files of this package that are not families.
 _OTHERS = frozenset(
-    {"config", "control_tokens", "detokenizer", "formats", "gguf", "loading", "location", "rope"}
-    | {"sandbox", "segmentation", "spans", "templates", "tokenizer", "tokenizer_files"}
+    {"config", "control_tokens", "detokenizer", "formats", "gguf", "hub", "loading", "location"}
+    | {"rope", "sandbox", "segmentation", "spans", "templates", "tokenizer", "tokenizer_files"}
 )
 # Fields that change what a model computes, with the values at which they change nothing: refused
 # where the family has not read them.

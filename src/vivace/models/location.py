@@ -1,21 +1,18 @@
-"""Where a model lies: a shipped name, a directory, or a name on the hub and its cache."""
+"""Where a model lies: a shipped name, a directory, a GGUF file, or a name on the hub."""
 
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vivace.errors import ModelNotFound, UnsupportedModel, UserError, nearest
-from vivace.models.formats.strict_json import read_object
+from vivace.errors import ModelNotFound, UnsupportedModel, nearest
+from vivace.models.gguf.files import gguf_models
+from vivace.models.hub import cached_models, find, is_hub_name, split_hub_name
 
-__all__ = ["DEFAULT_MODEL", "LocalModel", "list_local", "pull", "resolve", "shipped"]
+__all__ = ["DEFAULT_MODEL", "LocalModel", "list_local", "resolve", "shipped"]
 
 DEFAULT_MODEL = "tiny"
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-# What is fetched from a hub repository; in particular no pickles and no code.
-_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +26,11 @@ class LocalModel:
 
 
 def resolve(location: str | Path) -> Path:
-    """The directory of a model, downloaded first where it is a hub name that is not here yet.
+    """The directory or GGUF file of a model, downloaded first where it is a hub name not here yet.
 
-    A hub name is `org/name` or `org/name@revision`.
+    A hub name is `org/name` or `org/name@revision`; `:Q4_K_M` or `:FILE.gguf` after it picks one
+    of the GGUF models of a repository. A directory that holds nothing but one GGUF model stands
+    for its file. Of a split it is the first part, or the part that was given.
 
     Raises `ModelNotFound` or `UnsupportedModel`.
     """
@@ -42,21 +41,15 @@ def resolve(location: str | Path) -> Path:
         return shipped()[text]  # ./tiny is a directory of that name
     path = Path(text).expanduser()
     if _exists(path):
-        return _directory(path)
-    name, _, rest = text.partition(":")
-    if isinstance(location, str) and _HUB_NAME.fullmatch(name):
-        if rest:
-            raise UnsupportedModel(
-                f"model '{text}': GGUF files are not supported yet: use a safetensors model"
-            )
-        name, _, revision = text.partition("@")
-        return _from_hub(name, revision or None)
+        return _in_directory(path) if path.is_dir() else _single_file(path)
+    if isinstance(location, str) and is_hub_name(text):
+        return find(*split_hub_name(text))
     if path.suffix or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise ModelNotFound(
-            f"model '{text}' is not here: expected a directory, org/name on the hub, or a shipped "
-            f"name ({nearest(text, shipped())})"
+            f"model '{text}' is not here: expected a directory, a .gguf file, org/name on the hub, "
+            f"or a shipped name ({nearest(text, shipped())})"
         )
-    raise ModelNotFound(f"model '{text}' is not a hub name: expected org/name")
+    raise ModelNotFound(f"model '{text}' is not a hub name: expected org/name[@revision][:QUANT]")
 
 
 def _exists(path: Path) -> bool:
@@ -66,9 +59,18 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _directory(path: Path) -> Path:
-    if path.is_dir():
+def _in_directory(path: Path) -> Path:
+    """The directory, or the GGUF model in it where it is not one of safetensors."""
+    if (path / "config.json").exists() and any(path.glob("*.safetensors")):
         return path
+    models = gguf_models(item.name for item in path.iterdir() if item.is_file())
+    if len(models) > 1:
+        files = ", ".join(model.files[0] for model in models)
+        raise ModelNotFound(f"{path}: has {len(models)} GGUF models: name one of {files}")
+    return path / models[0].files[0] if models else path
+
+
+def _single_file(path: Path) -> Path:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
         return path
@@ -79,7 +81,8 @@ def _directory(path: Path) -> Path:
     if path.name in {"config.json", "model.safetensors", "model.safetensors.index.json"}:
         raise UnsupportedModel(f"{path}: is one file of a model: give its directory, {path.parent}")
     raise UnsupportedModel(
-        f"{path}: is not a model: expected a directory with config.json and safetensors files"
+        f"{path}: is not a model: expected a .gguf file, or a directory with config.json and "
+        "safetensors files"
     )
 
 
@@ -91,98 +94,12 @@ def shipped() -> dict[str, Path]:
     return {item.name: item for item in sorted(assets.iterdir()) if (item / "config.json").exists()}
 
 
-# ---------------------------------------------------------------- hub
-
-
-def _from_hub(name: str, revision: str | None = None) -> Path:
-    """A snapshot from the cache if it is whole, else from the hub."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        path = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=list(_PATTERNS), local_files_only=True
-            )
-        )
-        if _is_whole(path):
-            return path
-    except LocalEntryNotFoundError:
-        pass
-    return pull(name, revision)
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a snapshot has its config, its tokenizer and every file of weights."""
-    if not all((path / name).exists() for name in ("config.json", "tokenizer.json")):
-        return False
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists() or not index.exists():
-        return any(path.glob("*.safetensors"))
-    weight_map = read_object(index).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    return all(isinstance(item, str) and (path / item).exists() for item in names)
-
-
-def pull(name: str, revision: str | None = None) -> Path:
-    """Download a model, or what has changed of it, into the hub's own cache.
-
-    `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` have their usual meaning.
-
-    Raises `ModelNotFound` with what to do.
-    """
-    from huggingface_hub import errors, snapshot_download
-
-    if not _HUB_NAME.fullmatch(name):
-        raise ModelNotFound(f"'{name}' is not a hub name: expected org/name")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
-    except errors.GatedRepoError as error:
-        raise ModelNotFound(
-            f"model '{name}' is gated: accept its licence on the hub and set HF_TOKEN"
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise ModelNotFound(
-            f"model '{name}' is not on the hub: check the name; private ones need HF_TOKEN"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise ModelNotFound(
-            f"model '{name}' is not in the cache and the hub cannot be reached: "
-            "check the network, unset HF_HUB_OFFLINE, or give a directory"
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise ModelNotFound(f"model '{name}': hub error ({_line(error)}): try again") from error
-    except errors.HFValidationError as error:
-        raise ModelNotFound(f"'{name}' is not a hub name: expected org/name") from error
-    except OSError as error:
-        raise UserError(f"model '{name}' cannot be downloaded: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def list_local() -> list[LocalModel]:
     """Models on this machine: the shipped ones, then those in the hub's cache that could be run."""
     found = [
         LocalModel(name, path, _num_bytes(path), "shipped") for name, path in shipped().items()
     ]
-    from huggingface_hub import constants, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except CacheNotFound:
-        return found
-    for repo in sorted(repos, key=lambda item: item.repo_id):
-        for revision in repo.revisions:
-            names = {file.file_name for file in revision.files}
-            has_weights = any(name.endswith(".safetensors") for name in names)
-            if "main" in revision.refs and "config.json" in names and has_weights:
-                found.append(
-                    LocalModel(repo.repo_id, revision.snapshot_path, revision.size_on_disk, "hub")
-                )
-    return found
+    return found + [LocalModel(*model, "hub") for model in cached_models()]
 
 
 def _num_bytes(path: Path) -> int:
