@@ -45,7 +45,8 @@ Program::Program(const Kernels& kernels, std::shared_ptr<Pool> pool, int hidden_
       vocab_size_(vocab_size),
       format_(format),
       kv_type_(kv_type),
-      scratch_width_(hidden_size) {}
+      scratch_width_(hidden_size),
+      input_width_(input_bytes(format, hidden_size)) {}
 
 void Program::set_rope(size_t index, const Rope& rope) {
   Flag busy(is_running_);
@@ -54,6 +55,7 @@ void Program::set_rope(size_t index, const Rope& rope) {
   ropes_[index] = rope;
 }
 
+// Makes room for the inputs of a linear that does not read hidden states.
 void Program::measure(const Linear& linear) {
   input_width_ = std::max(input_width_, input_bytes(format_, linear.in_features));
   scratch_width_ = std::max<size_t>(scratch_width_, linear.in_features);
@@ -65,12 +67,10 @@ void Program::set_head(Head head) {
     throw NativeError("the head gives " + std::to_string(head.linear.out_features()) +
                       " logits, expected " + std::to_string(vocab_size_));
   head_ = std::move(head);
-  measure(head_.linear);
 }
 
 void Program::add_block(Block block) {
   check_block(block, {hidden_size_, vocab_size_, ropes_, groups_});
-  measure(block.in);
   measure(block.out);
   if (block.kind == BlockKind::mlp) measure(block.experts[0].down);
   max_heads_ = std::max<size_t>(max_heads_, block.num_heads);

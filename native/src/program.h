@@ -118,7 +118,7 @@ class Program {
   Buffer<float> stats_;    // [rows, num_heads, 2]
   Buffer<char> input_;     // prepared rows of a linear's input
   Buffer<float> scratch_;  // [threads, scratch_width_]
-  size_t scratch_width_ = 0, work_width_ = 0, input_width_ = 0, max_heads_ = 0;
+  size_t scratch_width_, input_width_, max_heads_ = 0;
   Attend attend_;
   Experts experts_;
   // The rows that go on after the last keys and values are written, as a step of their own.

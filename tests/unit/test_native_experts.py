@@ -9,7 +9,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import reference_model
-from native_cases import Builder, CachedSequence, bits, executor, mixture, sequence_of, step_of
+from native_cases import (
+    Builder,
+    CachedSequence,
+    bits,
+    executor,
+    llama,
+    mixture,
+    sequence_of,
+    step_of,
+)
 
 from vivace import _native
 from vivace.blocks import (
@@ -93,11 +102,17 @@ CASES: dict[str, Case] = {
     "one of many": lambda make: make.experts(HIDDEN, num_experts=70, num_active=1),
     "many": lambda make: make.experts(HIDDEN, num_experts=150, num_active=70, inner=1),
 }
-TIES: dict[str, Case] = {
+SAME_FOR_ALL: dict[str, Case] = {
     f"{name} {logits}": lambda make, options=options, logits=logits: with_logits(
         make, make.experts(HIDDEN, num_experts=5, bias=True, **options), logits
     )
-    for logits in ([0.0] * 5, [1.0, 2, 2, 1, 2], [-3.0, -3, -1, -3, -1], [9.0, 0, 0, 80, 0])
+    for logits in (
+        [0.0] * 5,
+        [1.0, 2, 2, 1, 2],
+        [-3.0, -3, -1, -3, -1],
+        [9.0, 0, 0, 80, 0],
+        [-95.0, -90, -85, -70, -80],
+    )
     for name, options in {
         "softmax": {},
         "chosen": {"routing": CHOSEN},
@@ -107,10 +122,10 @@ TIES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("isa", _native.isa_names())
-@pytest.mark.parametrize("case", CASES | TIES)
+@pytest.mark.parametrize("case", CASES | SAME_FOR_ALL)
 def test_experts_equal_numpy(case: str, isa: str) -> None:
     make = Builder(5)
-    graph = graph_of(make, (CASES | TIES)[case](make))
+    graph = graph_of(make, (CASES | SAME_FOR_ALL)[case](make))
     tokens = tokens_of(61)
     _, expected = reference_model.forward(graph, make.weights, tokens)
     (got,) = states(executor(graph, make.weights, isa=isa), tokens)
@@ -311,6 +326,22 @@ def test_router_logits_that_overflow_are_refused(value: float) -> None:
         states(native, tokens)
     native.set_site(0, None)
     assert bits(states(native, tokens)[1]) == bits(plain[1])
+
+
+def test_rows_that_nobody_wants_visit_no_expert() -> None:
+    """After the last keys and values: the state of one row would overflow the router's logits."""
+    graph, weights = llama(layers=1)
+    make = Builder(1, weights)
+    experts = make.experts(graph.hidden_size)
+    blocks = (graph.blocks[0], replace(experts, norm=None))
+    native = executor(replace(graph, blocks=blocks), weights)
+    step = step_of(native.graph, [(sequence_of(20), 0, 20)])
+    huge = np.full((1, graph.hidden_size), 3e38, np.float32)
+    step = replace(step, embeddings=(np.array([7], np.int32), huge))
+    with pytest.raises(NativeError, match="router logits of block 1"):
+        native.forward(step)
+    rows = np.array([3, 19], np.int32)
+    assert np.isfinite(native.forward(replace(step, wants=Wants(logits_rows=rows))).logits).all()
 
 
 def test_a_site_edits_what_experts_and_linears_give() -> None:
