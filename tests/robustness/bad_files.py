@@ -396,7 +396,7 @@ config_text("a list", "expected a JSON object", b"[]")
 config_text("repeated field", "appears twice", b'{"vocab_size": 1, "vocab_size": 2}')
 config_text("2 MB", "expected at most", b'{"a": "' + b"x" * 2**21 + b'"}')
 config_text("nested 100k deep", "nested too deeply", b'{"a":' * 100_000)
-config_with("unknown architecture", "expected one of llama, qwen2, qwen3", model_type="mamba9")
+config_with("unknown architecture", "expected one of gemma2, gemma3", model_type="mamba9")
 config_with("no architecture", "names no model_type", model_type=..., architectures=...)
 config_with(
     "remote code", "checkpoint's own code", model_type="own", auto_map={"AutoConfig": "m.C"}
