@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from unpublished import UNPUBLISHED
+from variants import VARIANTS
 
 from vivace.blocks import ModelGraph
 from vivace.executors.native import NativeExecutor
@@ -28,26 +33,129 @@ SIZES = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+GPT2_SIZES = {
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 160,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 BLOCK_SIZE = 16
+
+
+# Tensors whose width is not the usual one, by how their names end.
+WIDTHS = {
+    "experts.gate_up_proj": 1.0,
+    "experts.down_proj": 1.0,
+    "embed_tokens.weight": 4.0,
+    "wte.weight": 4.0,
+    "lm_head.weight": 5.0,
+    "gate.weight": 2.0,  # of experts
+    "router.weight": 2.0,
+}
 
 
 def reference_model(family: str, fields: Mapping[str, Any], seed: int = 0) -> Any:
     """A transformers model whose weights are so wide that every field of its config matters."""
-    config = AutoConfig.for_model(family, **(SIZES | dict(fields)))
+    config = AutoConfig.for_model(family, **(sizes_of(family) | dict(fields)))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32), seed)
+
+
+def sizes_of(family: str) -> dict[str, Any]:
+    return GPT2_SIZES if family == "gpt2" else SIZES
+
+
+@torch.no_grad()
+def randomise(model: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            if "norm" in name:
-                weight.copy_(1 + 0.3 * noise)
-            elif weight.ndim == 1:
-                weight.copy_(0.5 * noise)
-            else:
-                width = {"model.embed_tokens.weight": 4.0, "lm_head.weight": 5.0}.get(name, 1.5)
-                weight.copy_(noise * width / weight.shape[1] ** 0.5)
+    counts_from_one = "gemma" in model.config.model_type
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if "norm" in name or "ln_" in name:
+            is_plain = name.endswith("bias") or counts_from_one
+            weight.copy_(0.3 * noise if is_plain else 1 + 0.3 * noise)
+        elif weight.ndim == 1:
+            weight.copy_(0.5 * noise)
+        else:
+            width = next((w for end, w in WIDTHS.items() if name.endswith(end)), 1.5)
+            in_features = weight.shape[0 if name.split(".")[-2].startswith("c_") else -1]
+            weight.copy_(noise * width / in_features**0.5)
     return model.eval()
+
+
+# Seeds at which no router's logits are so near a tie that rounding would turn it.
+SEEDS = {
+    "mixtral, own head size": 1,
+    "qwen2_moe": 1,
+    "qwen2_moe, normalised": 1,
+    "olmoe": 1,
+    "olmoe, normalised": 1,
+    "phimoe": 2,
+    "phimoe, window": 2,
+    "phimoe, longrope": 2,
+}
+
+
+def checkpoint(variant: str, path: Path) -> Any:
+    """Write the checkpoint of a variant and return the model it came from."""
+    family, fields = VARIANTS[variant]
+    if family in UNPUBLISHED:
+        return UNPUBLISHED[family](sizes_of(family) | fields, randomise, path)
+    model = reference_model(family, fields, SEEDS.get(variant, 0))
+    save(model, path)
+    if variant == "gpt2, hub names":
+        _save_as_the_hub_does(model, path)
+    if variant == "phimoe, longrope":
+        _repair_long_rope(model)
+    return model
+
+
+@contextlib.contextmanager
+def routing_margins(model: Any) -> Iterator[list[float]]:
+    """Gathers how far each call of a router is from a tie, in logits or in the mixer's ratios."""
+    margins: list[float] = []
+    routers = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    num_active, is_mixer = model.config.num_experts_per_tok, model.config.model_type == "phimoe"
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        top = output[0].flatten(0, -2).sort(-1, descending=True).values
+        margins.append(float((top[:, :num_active] - top[:, 1 : num_active + 1]).min()))
+        for rank in range(num_active if is_mixer else 0):
+            best, others = top[:, rank, None], top[:, rank + 1 :]
+            ratios = (best - others) / torch.maximum(others.abs(), best)
+            margins.append(float((ratios - 2 * model.config.router_jitter_noise).abs().min()))
+
+    hooks = [router.register_forward_hook(note) for router in routers]
+    yield margins
+    for hook in hooks:
+        hook.remove()
+
+
+def _save_as_the_hub_does(model: Any, path: Path) -> None:
+    """The published GPT-2's names have no prefix, and it stores its causal masks."""
+    tensors = dict(model.transformer.state_dict())
+    for layer in range(model.config.n_layer):
+        tensors[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(1, 1, 8, 8))
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, path / "model.safetensors")
+
+
+def _repair_long_rope(model: Any) -> None:
+    """transformers 5.23 recomputes Phi-MoE's frequencies without the length: never the long ones.
+
+    The published code takes those past the original context.
+    """
+    rotary = model.model.rotary_emb
+    frequencies = rotary.rope_init_fn
+
+    def with_length(module: Any, args: Any, kwargs: Any) -> None:
+        length = int(kwargs["position_ids"].max()) + 1
+        module.rope_init_fn = functools.partial(frequencies, seq_len=length)
+
+    rotary.register_forward_pre_hook(with_length, with_kwargs=True)
 
 
 def save(model: Any, path: Path, config_changes: Mapping[str, Any] | None = None) -> Path:

@@ -15,7 +15,7 @@ import pytest
 from bad_files import CONFIG, make_good, weights
 
 from vivace.errors import ModelError
-from vivace.models import graph_from_config
+from vivace.models import families, graph_from_config
 from vivace.models.config import Config
 from vivace.models.loading import load_model
 from vivace.models.rope import rope_table
@@ -71,6 +71,54 @@ EXTRA = {
 }
 
 
+EXPERTS = {
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "qkv_bias": True,
+    "router_jitter_noise": 0.1,
+    "lm_head_bias": True,
+}
+GEMMA = {
+    "hidden_activation": "silu",
+    "query_pre_attn_scalar": 4,
+    "sliding_window_pattern": 2,
+    "_sliding_window_pattern": 2,
+    "rope_local_base_freq": 100.0,
+}
+ATTENTION = {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False}
+FFN = {"ffn_mult": 1.0, "no_op": False, "replace_with_linear": False}
+# What the families read beyond the fields of all.
+OF_FAMILY: dict[str, dict] = {
+    "gemma2": GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0},
+    "gemma3": {"text_config": {"vocab_size": 260, "hidden_size": 16}},
+    "gemma3_text": GEMMA,
+    "gpt2": {
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 64,
+        "n_inner": 8,
+        "activation_function": "gelu",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": True,
+    },
+    "mimo": {"num_nextn_predict_layers": 1},
+    "minicpm": {"scale_emb": 2.0, "scale_depth": 1.4, "dim_model_base": 8},
+    "mixtral": EXPERTS | {"num_local_experts": 4},
+    "nemotron_nas": {"block_configs": [{"attention": ATTENTION, "ffn": FFN}]},
+    "olmoe": EXPERTS | {"num_experts": 4},
+    "phimoe": EXPERTS | {"num_local_experts": 4},
+    "qwen2_moe": EXPERTS | {"num_experts": 4},
+    "qwen3_moe": EXPERTS | {"num_experts": 4},
+    "smollm3": {"no_rope_layers": [1], "no_rope_layer_interval": 4},
+}
+
+
 def is_refused(action: Callable[[], object]) -> bool:
     """Whether `action` raises one of our errors about models, in one line."""
     message = None
@@ -82,15 +130,29 @@ def is_refused(action: Callable[[], object]) -> bool:
     return message is not None
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", families())
 def test_any_value_in_any_config_field(family):
-    fields = CONFIG | EXTRA | {"model_type": family}
+    fields = CONFIG | EXTRA | OF_FAMILY.get(family, {}) | {"model_type": family}
+    assert not is_refused(partial(graph_from_config, Config(fields)))
     num_refused = 0
     for name in fields:
         for value in VALUES:
             config = Config(fields | {name: value})
             num_refused += is_refused(partial(graph_from_config, config))
-    assert num_refused > len(fields) * len(VALUES) / 3
+    assert num_refused > (30 if family == "gemma3" else 300)
+
+
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+def test_any_value_in_any_field_of_a_puzzle_layer(part):
+    fields = CONFIG | {"model_type": "nemotron-nas"}
+    layer = {"attention": ATTENTION, "ffn": FFN}
+    num_refused = 0
+    for name in (*layer[part], "window_length", "num_sink_tokens", "sparsify"):
+        for value in VALUES:
+            changed = layer | {part: layer[part] | {name: value}}
+            config = Config(fields | {"block_configs": [changed]})
+            num_refused += is_refused(partial(graph_from_config, config))
+    assert num_refused > 60
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])

@@ -189,7 +189,8 @@ class Decoder:
     def mlp(self, layer: int, inner_size: int | None = None, *, has_bias: bool = False) -> MlpBlock:
         """`mlp` behind `post_attention_layernorm`; its size is `intermediate_size` by default."""
         prefix = f"{self.layers}.{layer}"
-        inner_size = inner_size or self.config.integer("intermediate_size", high=MAX_WIDTH)
+        if inner_size is None:
+            inner_size = self.config.integer("intermediate_size", high=MAX_WIDTH)
         expert = self.expert(f"{prefix}.mlp", inner_size, has_bias=has_bias)
         norm = self.norm(f"{prefix}.post_attention_layernorm")
         return MlpBlock(layer, expert.gate_up, expert.down, self.activation, norm)
