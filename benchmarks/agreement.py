@@ -156,7 +156,7 @@ def compare(folder: Path, name: str, path: Path, tokens: Path, rows: dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sequences", type=int, default=24)
     arguments = parser.parse_args()
     if not PEERS.exists():
@@ -176,7 +176,9 @@ def main() -> None:
             peer("llama_quantize.py", source, path, str(file_type))
             results[name] = compare(folder, name, path, tokens, rows)
             path.unlink()
-            print(name, {k: f"{v['kl_mean']:.2e} {v['top1']:.4f}" for k, v in results[name].items()})
+            print(
+                name, {k: f"{v['kl_mean']:.2e} {v['top1']:.4f}" for k, v in results[name].items()}
+            )
     num_rows = {name: int(chosen.sum()) for name, chosen in rows.items()}
     command = "python -m benchmarks.agreement " + " ".join(sys.argv[1:])
     saved = {"command": command.strip(), "machine": machine(), "rows": num_rows, "types": results}

@@ -30,8 +30,8 @@ from variants import (
 
 from vivace.blocks import AttentionBlock, LayerGroup, LinearBlock, MlpBlock, ModelGraph
 from vivace.errors import BadFile, ModelError, UnsupportedModel
-from vivace.models import _NEUTRAL, families, graph_from_config
 from vivace.models.config import Config
+from vivace.models.families import _NEUTRAL, families, graph_from_config
 from vivace.models.loading import load_model
 
 # What a family needs beyond the sizes.

@@ -188,6 +188,25 @@ VARIANTS: dict[str, tuple[str, Fields]] = {
     "phimoe": ("phimoe", MIXER),
     "phimoe, biases": ("phimoe", MIXER | {"attention_bias": True, "lm_head_bias": True}),
     "phimoe, window": ("phimoe", MIXER | {"sliding_window": 9}),
+    # As published, which is all that GGUF's keys describe.
+    "gemma2, usual scale": ("gemma2", GEMMA | CAPS | {"query_pre_attn_scalar": 16}),
+    "gemma3_text, usual scale": (
+        "gemma3_text",
+        GEMMA
+        | kinds("s", "f", "s")
+        | layer_ropes(LINEAR, 1e6, 10_000.0)
+        | {"query_pre_attn_scalar": 16},
+    ),
+    "smollm3, usual layers": ("smollm3", PHI | {"num_hidden_layers": 5}),
+    "nemotron_nas, no linear MLP": (
+        "nemotron_nas",
+        puzzle(*PUZZLE_LAYERS[:3], (attention(**AS_LINEAR), ffn(2.0)), (attention(2), ffn(**NO_OP)))
+        | rope(LLAMA3),
+    ),
+    "phimoe, usual jitter": (
+        "phimoe",
+        MIXER | {"router_jitter_noise": 0.01, "attention_bias": True, "lm_head_bias": True},
+    ),
     "phimoe, longrope": ("phimoe", MIXER | rope(LONGROPE | MSCALES)),
 }
 # Scalings whose frequencies change with the length: a long prefill in transformers rotates all its

@@ -1,6 +1,6 @@
 """Run by the peers' interpreter: llama.cpp quantizes a file.
 
-    python llama_quantize.py SOURCE.gguf TARGET.gguf FILE_TYPE
+python llama_quantize.py SOURCE.gguf TARGET.gguf FILE_TYPE
 """
 
 from __future__ import annotations

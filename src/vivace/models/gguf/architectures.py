@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from vivace.errors import UnsupportedModel, nearest
-from vivace.models._decoder import MAX_LAYERS
 from vivace.models.config import REQUIRED, Config
+from vivace.models.families._decoder import MAX_LAYERS
 
 __all__ = ["ARCHITECTURES", "Architecture", "Metadata", "architecture_of", "config_from_metadata"]
 

@@ -8,7 +8,7 @@ and keys so that rotary pairs are neighbours.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from vivace.blocks import (
@@ -23,6 +23,7 @@ from vivace.blocks import (
     NormSpec,
     WeightRef,
 )
+from vivace.errors import UnsupportedModel
 from vivace.models.gguf.architectures import Architecture
 
 __all__ = ["stored_as_gguf"]
@@ -122,11 +123,11 @@ class _Names:
         stem, _, kind = ref.name.rpartition(".")
         found = _LAYER.fullmatch(stem)
         if found is None:
-            return f"{_OUTER[stem]}.{kind}", ref.first_row
+            return f"{_name(_OUTER, stem, ref)}.{kind}", ref.first_row
         prefix, inner = f"blk.{found[1]}", found[2]
         expert = _EXPERT.fullmatch(inner)
         if expert is None:
-            return f"{prefix}.{self._inner[inner]}.{kind}", ref.first_row
+            return f"{prefix}.{_name(self._inner, inner, ref)}.{kind}", ref.first_row
         index, part = int(expert[1]), _EXPERT_PARTS[expert[2]]
         single = f"{prefix}.ffn_{part}.{index}.{kind}"  # as files of early mixtures have it
         if single in self._tensors:
@@ -199,6 +200,14 @@ class _Names:
             parts.append(replace(part, name=whole, first_row=first_row))
             first_row += part.shape[0]
         return replace(own, parts=tuple(parts))
+
+
+def _name(names: Mapping[str, str], stem: str, ref: WeightRef) -> str:
+    if stem not in names:
+        raise UnsupportedModel(
+            f"GGUF has no name for the tensor '{ref.name}': keep the model as safetensors"
+        )
+    return names[stem]
 
 
 def _beside(name: str, stem: str) -> str:

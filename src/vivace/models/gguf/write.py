@@ -90,14 +90,16 @@ def write_gguf(
     metadata = {f"{name}.{key}": value for key, value in keys.items()} | dict(tokenizer)
     _check_says_the_same(stored, metadata | {"general.architecture": name}, tensors.shapes, factors)
     partial = path.with_name(path.name + ".partial")
+    writer = GGUFWriter(partial, name, endianess=GGUFEndian.LITTLE)
     try:
-        writer = GGUFWriter(partial, name, endianess=GGUFEndian.LITTLE)
         writer.add_file_type(_FILE_TYPES[storage])
         for key, value in metadata.items():
             _add(writer, key, value)
         _write_tensors(writer, tensors, factors, storage)
+        writer.close()
         os.replace(partial, path)
     finally:
+        writer.close()
         partial.unlink(missing_ok=True)
 
 
@@ -138,7 +140,6 @@ def _write_tensors(
         writer.write_tensor_data(_stored(tensors.array(name), kind))
     for values in factors.values():
         writer.write_tensor_data(values)
-    writer.close()
 
 
 def _kind(name: str, shape: Sequence[int], storage: Storage) -> Storage:

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from vivace.blocks import ModelGraph, NextTokenHead
-from vivace.models import qwen2
-from vivace.models._decoder import Decoder, Heads, linear
 from vivace.models.config import Config
+from vivace.models.families import qwen2
+from vivace.models.families._decoder import Decoder, Heads, linear
 
 ARCHITECTURES = ("MiMoForCausalLM",)
 

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from vivace.blocks import Block, ExpertsBlock, ModelGraph
-from vivace.models._decoder import MAX_WIDTH, Decoder, Heads, linear
-from vivace.models._experts import experts_block, has_experts, normalised_routing
-from vivace.models._windows import layer_windows, optional_window
 from vivace.models.config import Config
+from vivace.models.families._decoder import MAX_WIDTH, Decoder, Heads, linear
+from vivace.models.families._experts import experts_block, has_experts, normalised_routing
+from vivace.models.families._windows import layer_windows, optional_window
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("Qwen2MoeForCausalLM",)

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from vivace.blocks import Block, ModelGraph
-from vivace.models._decoder import Decoder, Heads
-from vivace.models._windows import layer_windows, optional_window
 from vivace.models.config import Config
+from vivace.models.families._decoder import Decoder, Heads
+from vivace.models.families._windows import layer_windows, optional_window
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("SmolLM3ForCausalLM",)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from vivace.blocks import AttentionBlock, Block, LinearBlock, MlpBlock, ModelGraph
 from vivace.errors import UnsupportedModel
-from vivace.models._decoder import MAX_WIDTH, Decoder, Heads, linear
 from vivace.models.config import Config
+from vivace.models.families._decoder import MAX_WIDTH, Decoder, Heads, linear
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("DeciLMForCausalLM",)

@@ -1,9 +1,9 @@
 """Qwen3: a head size of its own, norms on each head's query and key, optional biases, windows."""
 
 from vivace.blocks import Block, ModelGraph
-from vivace.models._decoder import Decoder, Heads
-from vivace.models._windows import upper_windows
 from vivace.models.config import Config
+from vivace.models.families._decoder import Decoder, Heads
+from vivace.models.families._windows import upper_windows
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)

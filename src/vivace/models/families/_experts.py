@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vivace.blocks import ExpertsBlock, Routing
-from vivace.models._decoder import MAX_WIDTH, Decoder, linear
 from vivace.models.config import Config
+from vivace.models.families._decoder import MAX_WIDTH, Decoder, linear
 
 __all__ = ["MIXTRAL_NAMES", "experts_block", "has_experts", "normalised_routing"]
 

@@ -7,8 +7,8 @@ import math
 from dataclasses import replace
 
 from vivace.blocks import Block, ModelGraph
-from vivace.models._decoder import Decoder, Heads
 from vivace.models.config import Config
+from vivace.models.families._decoder import Decoder, Heads
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("MiniCPMForCausalLM",)

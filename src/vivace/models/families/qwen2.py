@@ -1,9 +1,9 @@
 """Qwen2 and Qwen2.5: Llama with biases on query, key and value, and windows in the upper layers."""
 
 from vivace.blocks import Block, ModelGraph
-from vivace.models._decoder import Decoder, Heads
-from vivace.models._windows import upper_windows
 from vivace.models.config import Config
+from vivace.models.families._decoder import Decoder, Heads
+from vivace.models.families._windows import upper_windows
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)

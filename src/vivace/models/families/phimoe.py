@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from vivace.blocks import Block, ExpertsBlock, ModelGraph, NormKind, Routing, WeightRef
-from vivace.models._decoder import Decoder, Heads
-from vivace.models._experts import MIXTRAL_NAMES, experts_block
-from vivace.models._windows import sliding_window
 from vivace.models.config import Config
+from vivace.models.families._decoder import Decoder, Heads
+from vivace.models.families._experts import MIXTRAL_NAMES, experts_block
+from vivace.models.families._windows import sliding_window
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("PhiMoEForCausalLM", "PhimoeForCausalLM")

@@ -1,8 +1,8 @@
 """Llama 2 and 3, and what is published in their layout: optional biases, every rope scaling."""
 
 from vivace.blocks import Block, ModelGraph
-from vivace.models._decoder import Decoder, Heads
 from vivace.models.config import Config
+from vivace.models.families._decoder import Decoder, Heads
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")

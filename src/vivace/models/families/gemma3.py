@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from vivace.blocks import ModelGraph
-from vivace.models import graph_from_config
 from vivace.models.config import Config
+from vivace.models.families import graph_from_config
 
 ARCHITECTURES = ("Gemma3ForConditionalGeneration",)
 NAME_PREFIX = "language_model."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vivace.models._decoder import MAX_LAYERS
 from vivace.models.config import Config
+from vivace.models.families._decoder import MAX_LAYERS
 from vivace.models.rope import MAX_POSITIONS
 
 __all__ = ["layer_windows", "optional_window", "sliding_window", "upper_windows"]

@@ -1,9 +1,9 @@
 """OLMoE: Llama with norms over all heads of queries and of keys, and routed experts."""
 
 from vivace.blocks import Block, ModelGraph
-from vivace.models._decoder import Decoder, Heads
-from vivace.models._experts import experts_block, normalised_routing
 from vivace.models.config import Config
+from vivace.models.families._decoder import Decoder, Heads
+from vivace.models.families._experts import experts_block, normalised_routing
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("OlmoeForCausalLM",)

@@ -1,10 +1,10 @@
 """Qwen3-MoE: Qwen3 with routed experts, and one optional window in all layers."""
 
 from vivace.blocks import Block, ModelGraph
-from vivace.models._decoder import Decoder, Heads
-from vivace.models._experts import experts_block, has_experts, normalised_routing
-from vivace.models._windows import optional_window
 from vivace.models.config import Config
+from vivace.models.families._decoder import Decoder, Heads
+from vivace.models.families._experts import experts_block, has_experts, normalised_routing
+from vivace.models.families._windows import optional_window
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)

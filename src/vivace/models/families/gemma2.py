@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from vivace.blocks import AttentionBlock, Block, MlpBlock, ModelGraph
-from vivace.models._decoder import Decoder, Heads
-from vivace.models._windows import layer_windows
 from vivace.models.config import Config
+from vivace.models.families._decoder import Decoder, Heads
+from vivace.models.families._windows import layer_windows
 from vivace.models.rope import MAX_POSITIONS, rope_spec
 
 ARCHITECTURES = ("Gemma2ForCausalLM",)

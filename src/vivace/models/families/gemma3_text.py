@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from vivace.blocks import Block, ModelGraph, RopeSpec
-from vivace.models._decoder import Heads
-from vivace.models._windows import layer_windows
 from vivace.models.config import Config
-from vivace.models.gemma2 import gemma, gemma_layer, gemma_window, scaled_embedding
+from vivace.models.families._decoder import Heads
+from vivace.models.families._windows import layer_windows
+from vivace.models.families.gemma2 import gemma, gemma_layer, gemma_window, scaled_embedding
 from vivace.models.rope import MAX_POSITIONS, rope_spec
 
 ARCHITECTURES = ("Gemma3ForCausalLM",)

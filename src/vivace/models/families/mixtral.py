@@ -1,10 +1,10 @@
 """Mixtral: Mistral with routed experts in place of the MLPs."""
 
 from vivace.blocks import Block, ModelGraph, Routing
-from vivace.models._decoder import Decoder, Heads
-from vivace.models._experts import MIXTRAL_NAMES, experts_block
-from vivace.models._windows import sliding_window
 from vivace.models.config import Config
+from vivace.models.families._decoder import Decoder, Heads
+from vivace.models.families._experts import MIXTRAL_NAMES, experts_block
+from vivace.models.families._windows import sliding_window
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("MixtralForCausalLM",)

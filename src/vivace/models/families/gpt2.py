@@ -11,9 +11,9 @@ from vivace.blocks import (
     NormKind,
     WeightRef,
 )
-from vivace.models import _decoder
-from vivace.models._decoder import Decoder, Heads, activation, fused_linear
 from vivace.models.config import Config
+from vivace.models.families import _decoder
+from vivace.models.families._decoder import Decoder, Heads, activation, fused_linear
 from vivace.models.rope import MAX_POSITIONS
 
 ARCHITECTURES = ("GPT2LMHeadModel",)

@@ -1,9 +1,9 @@
 """Mistral and Mistral Nemo: Llama with one window in all layers, or none."""
 
 from vivace.blocks import Block, ModelGraph
-from vivace.models._decoder import Decoder, Heads
-from vivace.models._windows import sliding_window
 from vivace.models.config import Config
+from vivace.models.families._decoder import Decoder, Heads
+from vivace.models.families._windows import sliding_window
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("MistralForCausalLM",)

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from vivace.blocks import Block, ModelGraph
-from vivace.models._decoder import MAX_WIDTH, Decoder, Heads, fused_linear
-from vivace.models._windows import sliding_window
 from vivace.models.config import Config
+from vivace.models.families._decoder import MAX_WIDTH, Decoder, Heads, fused_linear
+from vivace.models.families._windows import sliding_window
 from vivace.models.rope import rope_spec
 
 ARCHITECTURES = ("Phi3ForCausalLM",)
