@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from special_checkpoints import SPECIAL
 from transformers import AutoConfig, AutoModelForCausalLM
-from unpublished import UNPUBLISHED
 from variants import VARIANTS
 
 from vivace.blocks import ModelGraph
@@ -102,8 +102,8 @@ SEEDS = {
 def checkpoint(variant: str, path: Path) -> Any:
     """Write the checkpoint of a variant and return the model it came from."""
     family, fields = VARIANTS[variant]
-    if family in UNPUBLISHED:
-        return UNPUBLISHED[family](sizes_of(family) | fields, randomise, path)
+    if family in SPECIAL:
+        return SPECIAL[family](sizes_of(family) | fields, randomise, path)
     model = reference_model(family, fields, SEEDS.get(variant, 0))
     save(model, path)
     if variant == "gpt2, hub names":

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from checkpoints import SIZES, checkpoint, sizes_of
 from safetensors.numpy import load_file, save_file
+from special_checkpoints import SPECIAL
 from transformers import AutoConfig
-from unpublished import UNPUBLISHED
 from variants import (
     EXPERTS,
     GEMMA,
@@ -83,7 +83,7 @@ def test_a_family_is_found_by_architecture_too():
     assert graph_from_config(Config(named)).family == "qwen2"
 
 
-@pytest.mark.parametrize("family", [f for f in families() if f not in UNPUBLISHED])
+@pytest.mark.parametrize("family", [f for f in families() if f not in SPECIAL])
 def test_absent_fields_mean_what_they_mean_in_transformers(family):
     fields = fields_of(family)
     given = {name: value for name, value in fields.items() if name != "model_type"}

@@ -26,6 +26,8 @@ class Config:
     Args:
         values: the parsed object.
         source: what to call it in messages, such as `config.json`.
+    Attributes:
+        names_read: the fields that were asked for so far.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str = "config.json") -> None:

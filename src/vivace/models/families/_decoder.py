@@ -190,8 +190,10 @@ class Decoder:
         """`mlp` behind `post_attention_layernorm`; its size is `intermediate_size` by default."""
         prefix = f"{self.layers}.{layer}"
         if inner_size is None:
-            inner_size = self.config.integer("intermediate_size", high=MAX_WIDTH)
-        expert = self.expert(f"{prefix}.mlp", inner_size, has_bias=has_bias)
+            size = self.config.integer("intermediate_size", high=MAX_WIDTH)
+        else:
+            size = inner_size
+        expert = self.expert(f"{prefix}.mlp", size, has_bias=has_bias)
         norm = self.norm(f"{prefix}.post_attention_layernorm")
         return MlpBlock(layer, expert.gate_up, expert.down, self.activation, norm)
 

@@ -1,4 +1,7 @@
-"""Checkpoints of families that transformers lacks, from models of it that compute the same."""
+"""Checkpoints that take more than a config: Gemma 3's wrapper, and families transformers lacks.
+
+Those come from models of it that compute the same.
+"""
 
 from __future__ import annotations
 
@@ -157,4 +160,4 @@ def gemma3(fields: dict[str, Any], randomise: Randomise, path: Path) -> Any:
     return model
 
 
-UNPUBLISHED = {"minicpm": minicpm, "mimo": mimo, "nemotron_nas": nemotron_nas, "gemma3": gemma3}
+SPECIAL = {"minicpm": minicpm, "mimo": mimo, "nemotron_nas": nemotron_nas, "gemma3": gemma3}
