@@ -216,3 +216,28 @@ def write_model(path: Path, metadata: Metadata, tensors: Tensors, **options: Any
 def make_good_gguf(path: Path) -> None:
     """A whole Llama of two layers; llama.cpp runs it."""
     write_model(path, good_metadata(), good_tensors())
+
+
+# ---------------------------------------------------------------- what blocks decode to
+
+
+def random_blocks(name: str, *shape: int, seed: int = 0) -> np.ndarray:
+    """Random bytes of blocks for weights of that shape."""
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    row = shape[-1] // block_size * block_bytes
+    return np.random.default_rng(seed).integers(0, 256, (*shape[:-1], row), dtype=np.uint8)
+
+
+def dequantized(raw: np.ndarray, name: str) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return gguf.quants.dequantize(raw, GGMLQuantizationType[name])
+
+
+def assert_same_bits(ours: np.ndarray, wanted: np.ndarray) -> None:
+    """Equal bits, and NaN wherever a NaN is wanted: which one is not defined."""
+    assert ours.dtype == wanted.dtype
+    assert ours.shape == wanted.shape
+    is_nan = np.isnan(wanted.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(ours.astype(np.float32)), is_nan)
+    unsigned = f"u{wanted.itemsize}"
+    np.testing.assert_array_equal(ours.view(unsigned)[~is_nan], wanted.view(unsigned)[~is_nan])

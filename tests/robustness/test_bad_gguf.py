@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_gguf import CASES, LLAMA_CPP_CASES, given_path
+from bad_gguf import CASES, LLAMA_CPP_CASES
+from bad_gguf_splits import given_path
 from gguf_files import good_metadata, good_raw, good_tensors, make_good_gguf
 
 from vivace.errors import BadFile, UnsupportedModel

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bad_files import CONFIG, make_good, weights
+from mutations import LOADERS
 
 from vivace.errors import ModelError
 from vivace.models import families, graph_from_config
@@ -212,3 +213,16 @@ def test_any_byte_in_the_other_files(tmp_path):
             (path / name).write_bytes(damaged)
             is_refused(partial(read_all, path))
         (path / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_damaged_files_are_read_or_refused(loader, tmp_path):
+    """The first cases of tools/fuzz_files.py."""
+    make, read = LOADERS[loader]
+    num_refused = 0
+    for index in range(500):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        path = make(random.Random(f"{loader} 0 {index}"), folder)
+        num_refused += is_refused(partial(read, path))
+    assert 250 < num_refused < 500
