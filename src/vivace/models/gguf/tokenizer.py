@@ -104,14 +104,15 @@ def _scored(config: Config) -> tuple[Vocabulary, Backend]:
 
 def _merged(vocabulary: Vocabulary, facts: PreTokenizerFacts) -> Backend:
     """Merging by a list of pairs, inside the pieces that the pre-tokenizer cuts."""
+    missing = ""
     if facts.is_raw:
         _check_bytes(vocabulary)
         backend = _bpe(vocabulary, vocabulary.merges, byte_fallback=True)
         backend.normalizer = normalizers.Replace(" ", _SPACE)
     else:
+        missing = _missing_letters(vocabulary)
         backend = _bpe(vocabulary, vocabulary.merges, ignore_merges=facts.ignores_merges)
         backend.decoder = decoders.ByteLevel()
-    missing = "" if facts.is_raw else _missing_letters(vocabulary)
     backend.pre_tokenizer = facts.build(missing)
     return backend
 

@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["random_texts"]
+__all__ = ["FIXED_TEXTS", "random_texts"]
 
 _WORDS = """The quick brown fox's don't WE'LL I'M they've hELLO camelCase HTTPServer snake_case
 ÉCOLE straße naïve œuvre Привет ПРИВЕТ мир Ελλάδα ΕΛΛΆΔΑ שלום عربي हिन्दी বাংলা ไทย ქართული ᲐᲑ
@@ -32,6 +32,34 @@ _SIGNS += [
     "\u20d0",
     "\ufeff",
     "\x1c",
+]
+
+FIXED_TEXTS = [
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\t\n  \r\n",
+    "Hello world",
+    " The  the   THE    the",
+    "don't WE'LL I'M they'VE l'été 'tis '\u017f",
+    "HTTPServer camelCase ÉcOLE ΕΛΛΆδα ПРИвет",
+    "1 12 123 1234 12345 1,234,567 x1y22z333",
+    "١٢٣ ३४५ １２３ ½ ² Ⅷ",
+    "日本語のテキスト、東京。中文，测试！ 한국어",
+    "ภาษาไทย हिन्दी में العربية",
+    "e\u0301e\u0301 n\u0303o \u0300\u0301 ﬁne Ａｂｃ",
+    "🙂🙃 👩\u200d👧 🏳️\u200d🌈 \U0001fae9 \U00016d40\U00016d70",
+    "a\u00a0b\u3000c\u2003\u2003d\u2028e\u0085f \u3000\u3000x",
+    " Hello zebra getValue XMLName; y(x);/\n  c);\n\n}\n\n",
+    "a  1  22  333  444\n\n!!\n\n  ,  x'da Ankara'dan we'll 1'S",
+    "x" + " " * 7 + "y" + " " * 9 + "z\t\t\t\t" + " " * 17,
+    "a\x00b\x01\x1c\x1dc\x7fd\ufeff\u200b",
+    "trailing  \n\n  x \n",
+    "(a+b)*c==d && e!=f; // **bold** __x__ <|im|> ... '' \"\"",
+    "http://a.b/c_d?e=f#g ---- ==== ####",
+    "\ufffd\ufffd\u0378\ue000\U000f0000",
+    "▁a ▁▁ Ġx <0x0A> <unk> <s>",
 ]
 
 
