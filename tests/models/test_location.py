@@ -6,12 +6,14 @@ import fnmatch
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from checkpoints import reference_model, save
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.hf_api import RepoSibling
 from tokenizers_in_code import KINDS
 from tokenizers_in_code import save as save_tokenizer
 
@@ -57,9 +59,9 @@ class Repository:
         self.repo = cache / "models--org--name"
         self.snapshot = self.repo / "snapshots" / COMMIT
 
-    def list_repo_files(self, name: str, *, revision: str | None) -> list[str]:
+    def model_info(self, name: str, *, revision: str | None) -> SimpleNamespace:
         assert (name, revision) in {("org/name", None), ("org/name", "v2")}
-        return self.files
+        return SimpleNamespace(siblings=[RepoSibling(file) for file in self.files])
 
     def snapshot_download(self, name, *, revision, allow_patterns, local_files_only=False):
         if local_files_only:
@@ -80,7 +82,7 @@ class Repository:
 @pytest.fixture
 def repository(cache, monkeypatch) -> Repository:
     fake = Repository(cache)
-    monkeypatch.setattr(HfApi, "list_repo_files", staticmethod(fake.list_repo_files))
+    monkeypatch.setattr(HfApi, "model_info", staticmethod(fake.model_info))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
     return fake
 
@@ -158,7 +160,7 @@ def test_the_hub_cannot_be_reached(cache, monkeypatch, error):
     def fail(*_args, **_options):
         raise getattr(importlib.import_module(HTTP), error)("no route\nto the hub")
 
-    monkeypatch.setattr(HfApi, "list_repo_files", fail)
+    monkeypatch.setattr(HfApi, "model_info", fail)
     for quantization in (None, "Q4_K_M"):
         with pytest.raises(ModelNotFound, match="hub cannot be reached") as caught:
             hub.pull("org/name", None, quantization)
@@ -167,6 +169,12 @@ def test_the_hub_cannot_be_reached(cache, monkeypatch, error):
 
 def test_offline_what_the_cache_has_is_pulled(cached):
     assert hub.pull("org/small") == cached
+    next(cached.glob("model-00002*")).unlink()
+    assert hub.pull("org/small") == cached  # loading names what is missing
+    touch(cached, "small-Q8_0.gguf")
+    assert hub.pull("org/small", None, "Q8_0") == cached / "small-Q8_0.gguf"
+    with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE"):
+        hub.pull("org/small", None, "Q4_K_M")
 
 
 def test_only_weights_and_texts_are_fetched(repository):

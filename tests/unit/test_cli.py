@@ -147,7 +147,7 @@ def test_config_show_says_where_values_come_from(
         (["eval", "tiny", "--perplexity", "."], "directory"),
         (["eval", "--kl", "p.toml"], "--kl needs a text"),
         (["pull", "tiny"], "'tiny' is not a hub name: expected org/name"),
-        (["pull", "org/absent@v2:Q4_K_M"], "model 'org/absent' is not in the cache and the hub"),
+        (["pull", "org/absent@v2:Q4_K_M"], "model 'org/absent:Q4_K_M' is not in the cache and"),
         (["run", "org/absent@v2:Q4_K_M"], "no prompt"),
         (["config"], "Missing command"),
     ],

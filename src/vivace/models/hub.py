@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +41,7 @@ def find(name: str, revision: str | None = None, quantization: str | None = None
 
     See `pull` for what is returned and raised.
     """
-    with _explained(name):
+    with _explained(name, quantization):
         path = _cached(name, revision, quantization)
     return pull(name, revision, quantization) if path is None else path
 
@@ -65,16 +65,18 @@ def pull(name: str, revision: str | None = None, quantization: str | None = None
 
     if not is_hub_name(name):
         raise ModelNotFound(f"'{name}' is not a hub name: expected org/name")
-    with _explained(name):
+    with _explained(name, quantization):
         try:
-            files = HfApi().list_repo_files(name, revision=revision)
+            files = HfApi().model_info(name, revision=revision).siblings or []
         except (OSError, _transport_error()):
             # Like the hub's library: where the hub cannot be reached, what the cache has will do.
-            path = _snapshot(name, revision, _PATTERNS)
-            if quantization is not None or path is None or not _has_safetensors(path):
+            path = _cached(name, revision, quantization)
+            if path is None and quantization is None:
+                path = _safetensors_snapshot(name, revision)
+            if path is None:
                 raise
             return path
-        picked = _pick(name, files, quantization)
+        picked = _pick(name, [file.rfilename for file in files], quantization)
         patterns = _PATTERNS if picked is None else [glob.escape(file) for file in picked.files]
         path = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     return path if picked is None else path / picked.files[0]
@@ -101,7 +103,7 @@ def cached_models() -> Iterator[tuple[str, Path, int]]:
 def _cached(name: str, revision: str | None, quantization: str | None) -> Path | None:
     """What `pull` would return, if the cache has all of it."""
     if quantization is None:
-        path = _snapshot(name, revision, _PATTERNS)
+        path = _safetensors_snapshot(name, revision)
         if path is not None and _is_whole(path):
             return path
     path = _snapshot(name, revision, ())
@@ -126,6 +128,11 @@ def _snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path 
         )
     except LocalEntryNotFoundError:
         return None
+
+
+def _safetensors_snapshot(name: str, revision: str | None) -> Path | None:
+    path = _snapshot(name, revision, _PATTERNS)
+    return path if path is not None and _has_safetensors(path) else None
 
 
 def _has_safetensors(path: Path) -> bool:
@@ -165,9 +172,8 @@ def _models_of(name: str, revision: CachedRevisionInfo) -> Iterator[tuple[str, P
 # ---------------------------------------------------------------- hub
 
 
-def _pick(name: str, files: Iterable[str], quantization: str | None) -> GgufModel | None:
+def _pick(name: str, files: list[str], quantization: str | None) -> GgufModel | None:
     """The GGUF model to fetch of a repository with these files; None: all of its safetensors."""
-    files = list(files)
     models = gguf_models(files)
     if quantization is None and (not models or any(f.endswith(".safetensors") for f in files)):
         return None
@@ -189,13 +195,14 @@ def _pick(name: str, files: Iterable[str], quantization: str | None) -> GgufMode
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, quantization: str | None) -> Iterator[None]:
     """The hub's refusals as errors of ours."""
     from huggingface_hub import errors
 
+    wanted = name if quantization is None else f"{name}:{quantization}"
     unreachable = (
-        f"model '{name}' is not in the cache and the hub cannot be reached: "
-        "check the network, unset HF_HUB_OFFLINE, or give a directory"
+        f"model '{wanted}' is not in the cache and the hub cannot be reached: "
+        "check the network, unset HF_HUB_OFFLINE, or give a directory or a file"
     )
     try:
         yield
