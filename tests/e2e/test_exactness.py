@@ -74,7 +74,7 @@ class Setup:
             threads=threads,
         )
         if is_faulty:
-            self.executor.set_site(1, add_one_ulp)
+            self.executor.set_site(1, add_one_ulp(dtype))
         self.sampler = RecordingSampler(self.executor, prompt)
         self.engine = Engine(
             self.executor,
@@ -94,9 +94,14 @@ class Setup:
         return self.sampler.digests
 
 
-def add_one_ulp(x: np.ndarray) -> None:
-    """A fault: rows after the first of a linear come out one unit in the last place too large."""
-    x[1:] = np.nextafter(x[1:], np.float32(np.inf))
+def add_one_ulp(dtype: str) -> Callable[[np.ndarray], None]:
+    """A site that adds one unit in the last place of `dtype` to all rows but the first."""
+    step = 2.0 ** -(23 if dtype == "float32" else 7)
+
+    def site(x: np.ndarray) -> None:
+        x[1:] += np.ldexp(np.float32(step), np.frexp(x[1:])[1] - 1)
+
+    return site
 
 
 def under_test(params: SamplingParams = PARAMS) -> Request:

@@ -183,7 +183,7 @@ def test_no_field_is_read_without_a_change_that_shows_it(checkpoints):
     read: set[tuple[str, str]] = set()
     for variant, fields in configs.items():
         family = VARIANTS[variant][0]
-        module = importlib.import_module(f"vivace.models.{family}")
+        module = importlib.import_module(f"vivace.models.families.{family}")
         module.graph(Config(Reads(fields, family, read)))
     shown: set[tuple[str, str]] = set()
     for variant, change in [*CHANGES, *((item[0], item[1]) for item in REFUSED_CHANGES)]:

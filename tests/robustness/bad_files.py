@@ -498,7 +498,7 @@ tokenizer_text("100k deep", "is not a tokenizer", b"[" * 100_000)
 tokenizer_text("unknown model", "is not a tokenizer", b'{"model": {"type": "Magic"}}')
 
 
-@case("tokenizer: missing", "has no tokenizer.json")
+@case("tokenizer: missing", "has no tokenizer: save it as tokenizer.json")
 def _no_tokenizer(path: Path) -> None:
     (path / "tokenizer.json").unlink()
 
