@@ -85,7 +85,7 @@ def held_out(num_sequences: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 def peer(script: str, *arguments: str | Path) -> None:
     """Run one of the scripts for the peers' interpreter."""
-    python = PEERS / "bin" / "python"
+    python = PEERS / "venv" / "bin" / "python"
     command = [str(python), str(ROOT / "tests" / "peers" / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -201,7 +201,7 @@ def good_tensors() -> Tensors:
 
 def write_model(path: Path, metadata: Metadata, tensors: Tensors, **options: Any) -> None:
     """Write a GGUF file, or a split if `options` of `gguf.GGUFWriter` say so."""
-    writer = gguf.GGUFWriter(path, "llama", **options)
+    writer = gguf.GGUFWriter(path, metadata["general.architecture"][0], **options)
     for name, (value, type, of) in metadata.items():
         if name != "general.architecture":  # the writer has it
             writer.add_key_value(name, value, type, of)

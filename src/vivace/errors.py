@@ -130,10 +130,14 @@ class NativeError(VivaceError):
     pass
 
 
+_MOST_SHOWN = 24
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the nearest known ones, else all of them."""
+    """A hint for an unknown name: the nearest known ones, else all of them, or the first many."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(close) + "?"
-    return "known: " + (", ".join(known) or "none")
+    shown = [*known[:_MOST_SHOWN], "..."] if len(known) > _MOST_SHOWN else known
+    return "known: " + (", ".join(shown) or "none")

@@ -94,7 +94,7 @@ SEEDS = {
     "olmoe": 1,
     "olmoe, normalised": 1,
     "phimoe": 2,
-    "phimoe, usual jitter": 3,
+    "phimoe, usual jitter": 6,
     "phimoe, window": 2,
     "phimoe, longrope": 2,
 }

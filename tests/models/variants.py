@@ -200,9 +200,22 @@ VARIANTS: dict[str, tuple[str, Fields]] = {
     "smollm3, usual layers": ("smollm3", PHI | {"num_hidden_layers": 5}),
     "nemotron_nas, no linear MLP": (
         "nemotron_nas",
-        puzzle(*PUZZLE_LAYERS[:3], (attention(**AS_LINEAR), ffn(2.0)), (attention(2), ffn(**NO_OP)))
+        puzzle(
+            (attention(2), ffn(2.0)),
+            (attention(**NO_OP), ffn(7.0)),
+            (attention(**NO_OP), ffn(**NO_OP)),
+            (attention(**AS_LINEAR), ffn(2.0)),
+            (attention(4), ffn(2.0)),
+        )
         | rope(LLAMA3),
     ),
+    "phi3, wide longrope": (
+        "phi3",
+        PHI
+        | rope(LONGROPE | {"original_max_position_embeddings": 512})
+        | {"original_max_position_embeddings": 512, "max_position_embeddings": 1024},
+    ),
+    "olmoe, one head each": ("olmoe", PHI | LOCAL_EXPERTS | {"num_key_value_heads": 4}),
     "phimoe, usual jitter": (
         "phimoe",
         MIXER | {"router_jitter_noise": 0.01, "attention_bias": True, "lm_head_bias": True},

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from vivace.blocks import RopeSpec
-from vivace.errors import UnsupportedModel, nearest
+from vivace.errors import BadFile, UnsupportedModel, nearest
 from vivace.models.config import Config
 
 __all__ = [
@@ -110,7 +110,11 @@ def rope_spec(
     dim = int(head_dim * share)
     if dim < 2 or dim % 2:
         raise config.bad("head_dim", f"an even rotary size, not {dim} of {head_dim} per head")
-    return replace(_KINDS[kind](config, parameters, base, dim), base=base)
+    with np.errstate(over="ignore", divide="ignore"):
+        spec = _KINDS[kind](config, parameters, base, dim)
+    if not np.isfinite(spec.inv_freq).all():
+        raise BadFile(f"{config.source}: the rope base {base:g} gives frequencies beyond float32")
+    return replace(spec, base=base)
 
 
 def max_positions(config: Config) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vivace.errors import UnsupportedModel, nearest
+from vivace.errors import BadFile, UnsupportedModel, nearest
 from vivace.models.config import REQUIRED, Config
 from vivace.models.families._decoder import MAX_LAYERS
 
@@ -35,7 +35,8 @@ class Metadata:
         self, values: Mapping[str, Any], architecture: str, tensors: Collection[str], source: str
     ) -> None:
         self.architecture, self.tensors = architecture, tensors
-        self._config = Config(values, f"{source}: metadata")
+        self.source = f"{source}: metadata"
+        self._config = Config(values, self.source)
 
     def _key(self, name: str) -> str:
         return f"{self.architecture}.{name}"
@@ -79,7 +80,7 @@ class Metadata:
         items = set(self.per_layer(name, count, default))
         if len(items) > 1:
             raise UnsupportedModel(
-                f"{self._config.source}: {self._key(name)} differs from layer to layer, which "
+                f"{self.source}: {self._key(name)} differs from layer to layer, which "
                 f"'{self.architecture}' models do not: expected one number"
             )
         (value,) = items
@@ -241,7 +242,7 @@ def _rope(metadata: Metadata, fields: Mapping[str, Any], factors: Arrays) -> dic
     temperature = metadata.number("rope.scaling.attn_factor", 1.0)
     scaling: dict[str, Any] | None = None
     if factors:
-        short, long = (_factors(factors, length) for length in ("short", "long"))
+        short, long = (_factors(metadata, factors, length) for length in ("short", "long"))
         scaling = {
             "rope_type": "longrope",
             "short_factor": [item * factor for item in short],
@@ -270,9 +271,13 @@ def _rope(metadata: Metadata, fields: Mapping[str, Any], factors: Arrays) -> dic
     return {"rope_theta": base, "rope_scaling": scaling} | share
 
 
-def _factors(factors: Arrays, length: str) -> list[float]:
-    both = factors.get("rope_freqs.weight")
-    chosen = factors[f"rope_factors_{length}.weight"] if both is None else both
+def _factors(metadata: Metadata, factors: Arrays, length: str) -> list[float]:
+    name = f"rope_factors_{length}.weight"
+    chosen = factors.get("rope_freqs.weight", factors.get(name))
+    if chosen is None:
+        raise BadFile(
+            f"{metadata.source}: tensor '{name}' is missing: expected it beside the other one"
+        )
     return [float(item) for item in chosen]
 
 
