@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import table
 from benchmarks.harness import ROOT, machine, save
 from vivace import LLM
 from vivace.models.gguf.write import Storage, write_gguf
@@ -183,6 +184,7 @@ def main() -> None:
     command = "python -m benchmarks.agreement " + " ".join(sys.argv[1:])
     saved = {"command": command.strip(), "machine": machine(), "rows": num_rows, "types": results}
     print(save("agreement", saved))
+    table.main()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""`python -m benchmarks.table`: writes README's table of results from benchmarks/results."""
+"""`python -m benchmarks.table`: writes the tables of README and docs from benchmarks/results."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
-
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
 def table(core: dict[str, Any]) -> str:
@@ -69,12 +68,51 @@ def table(core: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def agreement_table(agreement: dict[str, Any]) -> str:
+    """How far our logits are from llama.cpp's, per type of file."""
+    head = [
+        "| file | KL, exercises | top-1, answers | top-1, exercises | KL, text | top-1, text | "
+        "logits, mean difference | decoded to F32: KL |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = []
+    for name, parts in agreement["types"].items():
+        exercises, text = parts["exercises"], parts["text"]
+        decoded = parts.get("decoded")
+        cells = (
+            name,
+            f"{exercises['kl_mean']:.1e}",
+            f"{parts['answers']['top1']:.2%}",
+            f"{exercises['top1']:.2%}",
+            f"{text['kl_mean']:.1e}",
+            f"{text['top1']:.2%}",
+            f"{text['mean_difference']:.1e}",
+            f"{decoded['kl_mean']:.0e}" if decoded else "",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    counts, machine = agreement["rows"], agreement["machine"]
+    note = (
+        f"`tiny` on {counts['exercises']} rows of held-out exercises, of which {counts['answers']} "
+        f"are answers, and {counts['text']} of text; {machine['date']}, `{agreement['command']}`."
+    )
+    return "\n".join([*head, *rows, "", note])
+
+
+def insert(page: Path, name: str, text: str) -> None:
+    """Replace what stands between a page's marks `<!-- name -->` and `<!-- /name -->`."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    head, _, rest = page.read_text().partition(begin)
+    _, _, tail = rest.partition(end)
+    page.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+
+
 def main() -> None:
-    core = json.loads((RESULTS / "core.json").read_text())
-    readme = ROOT / "README.md"
-    head, _, rest = readme.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    readme.write_text(f"{head}{BEGIN}\n{table(core)}\n{END}{tail}")
+    pages = (
+        (ROOT / "README.md", "results", "core", table),
+        (ROOT / "docs" / "models.md", "agreement", "agreement", agreement_table),
+    )
+    for page, mark, name, make in pages:
+        insert(page, mark, make(json.loads((RESULTS / f"{name}.json").read_text())))
 
 
 if __name__ == "__main__":
