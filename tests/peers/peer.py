@@ -9,15 +9,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["LLAMA_CPP", "LlamaCpp", "has_peers"]
+__all__ = ["LLAMA_CPP", "PYTHON", "LlamaCpp", "has_peers"]
 
 _ROOT = Path(os.environ.get("VIVACE_PEERS") or Path(__file__).parents[2] / ".venv-peers")
-_PYTHON = _ROOT / "venv" / "bin" / "python"
+PYTHON = _ROOT / "venv" / "bin" / "python"
 LLAMA_CPP = _ROOT / "source" / "vendor" / "llama.cpp"
 
 
 def has_peers() -> bool:
-    return _PYTHON.exists() and LLAMA_CPP.is_dir()
+    return PYTHON.exists() and LLAMA_CPP.is_dir()
 
 
 class LlamaCpp:
@@ -28,7 +28,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path) -> None:
         self._process = subprocess.Popen(
-            [_PYTHON, Path(__file__).with_name("llama_worker.py")],
+            [PYTHON, Path(__file__).with_name("llama_worker.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

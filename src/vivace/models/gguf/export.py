@@ -17,14 +17,13 @@ from vivace.models.loading import LoadedModel
 __all__ = ["check_name", "export_gguf"]
 
 _OF_WEIGHT_FORMAT = {"float32": Storage.F32, "float16": Storage.F16, "bfloat16": Storage.BF16}
-_MORE_ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-_MORE_ENDS += ("tokenizer.ggml.eom_token_id",)
+_ENDS = tuple(f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom"))
 
 
 def check_name(path: Path) -> None:
     """Raises `InvalidOption` for a file that would not be read as a model of its own."""
-    found = gguf_models([path.name])
-    if not path.name.endswith(".gguf") or not found or found[0].num_parts != 1:
+    is_part = any(model.num_parts != 1 for model in gguf_models([path.name]))
+    if path.suffix.lower() != ".gguf" or is_part:
         raise InvalidOption(
             f"{path}: expected a name that ends in .gguf and is not that of a part of a split"
         )
@@ -43,13 +42,11 @@ def export_gguf(model: LoadedModel, path: Path, storage: Storage | None, pre: st
         OSError: the file cannot be written.
     """
     check_name(path)
-    if pre is not None and (model.path.is_file() or not model.has_tokenizer):
-        raise InvalidOption(
-            f"--pre {pre} has no place: the tokenizer of a GGUF file is copied"
-            if model.path.is_file()
-            else f"--pre {pre} has no place: the model has no tokenizer"
-        )
-    if model.path.is_file():
+    is_gguf = model.path.is_file()
+    if pre is not None and (is_gguf or not model.has_tokenizer):
+        why = "that of a GGUF file is copied" if is_gguf else "the model has none"
+        raise InvalidOption(f"--pre {pre} has no place: it is for a tokenizer, and {why}")
+    if is_gguf:
         copy_gguf(path, GgufFile(model.path), storage)
         return
     storage = storage or _OF_WEIGHT_FORMAT[model.weight_format["name"]]
@@ -64,7 +61,7 @@ def _tokenizer_keys(model: LoadedModel, pre: str | None) -> dict[str, Any]:
     keys = tokenizer_keys(model.tokenizer, model.graph.vocab_size, pre)
     ends = tokenizer_from_metadata(keys, "the new file").eog_token_ids
     missing = sorted(model.eos_token_ids - ends)
-    places = [key for key in _MORE_ENDS if key not in keys]
+    places = [key for key in _ENDS if key not in keys]
     if len(missing) > len(places):
         raise UnsupportedModel(
             f"{len(missing)} tokens that end an answer have no place in GGUF: expected at most "

@@ -10,7 +10,9 @@ it means here exactly what it was made from.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from vivace.errors import BadFile, InvalidOption, UnsupportedModel, nearest
@@ -220,7 +222,8 @@ def _checked(tokenizer: Tokenizer, keys: dict[str, Any], means_another: bool) ->
                 f"the tokenizer has no {role}, which a GGUF file of this kind always has: name one "
                 "in tokenizer_config.json"
             )
-    vocabulary = _vocabulary_texts(tokenizer)
+    # Spaces that begin a text are not always taken as such a vocabulary takes them.
+    vocabulary = _vocabulary_texts(tokenizer, before="x " if is_scored else "")
     certain = [*_PLAIN_TEXTS, *(vocabulary if is_scored else ())]
     other = None if means_another else _first_that_differs(tokenizer, read, certain)
     if other is not None:
@@ -244,11 +247,12 @@ def _read(keys: Mapping[str, Any]) -> Tokenizer:
         raise UnsupportedModel(f"the tokenizer cannot be written as GGUF: {error}") from error
 
 
-def _vocabulary_texts(tokenizer: Tokenizer) -> list[str]:
-    """What tokens spell, of a large vocabulary of some that are spread over it."""
+def _vocabulary_texts(tokenizer: Tokenizer, before: str) -> list[str]:
+    """What tokens spell behind `before`, of a large vocabulary of some that are spread over it."""
     step = 1 + tokenizer.vocab_size // _MAX_VOCABULARY_TEXTS
     texts = (tokenizer.decode([index]) for index in range(0, tokenizer.vocab_size, step))
-    return [text for text in texts if "\ufffd" not in text]
+    is_usual = partial(unicodedata.is_normalized, "NFC")
+    return [before + text for text in filter(is_usual, texts) if "\ufffd" not in text]
 
 
 def _all_texts(tokenizer: Tokenizer, vocabulary: Iterable[str]) -> list[str]:
