@@ -275,6 +275,10 @@ def test_an_exported_model_answers_the_same(source, tmp_path):
     assert {info.type.name for info in GgufFile(tmp_path / "model.gguf").tensors.values()} == {
         "F32"
     }
+    kind = gguf.GGUFValueType
+    types = {key: types for key, (_, types) in fields(tmp_path / "model.gguf").items()}
+    assert types["tokenizer.ggml.token_type"][:2] == [kind.ARRAY, kind.INT32]  # or it is refused
+    assert types["tokenizer.ggml.eos_token_id"] == [kind.UINT32]
     read = load_model(tmp_path / "model.gguf")
     assert read.eos_token_ids >= model.eos_token_ids
     with LLM(str(source)) as ours, LLM(str(tmp_path / "model.gguf")) as other:
@@ -310,7 +314,7 @@ def test_names_of_files_that_are_no_models_are_refused(name, source, tmp_path):
 # ---------------------------------------------------------------- copies
 
 
-def fields(path) -> dict[str, object]:
+def fields(path) -> dict[str, tuple[object, list]]:
     reader = gguf.GGUFReader(path)
     return {
         key: (field.contents(), field.types)

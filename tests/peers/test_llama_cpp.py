@@ -112,7 +112,7 @@ def test_the_shipped_model_answers_exercises_the_same(tmp_path):
     asked = []
     for index in range(20):
         kind = list(KINDS)[index % len(KINDS)]
-        turns = make_exercise(kind, 2, 0, index, "test").turns
+        turns = make_exercise(kind, 2, 0, index, "heldout").turns
         messages = [{"role": turn.role, "content": turn.text} for turn in turns[:-1]]
         asked.append(source.tokenizer.encode_chat(messages))
     answered = our_answers("tiny", asked)

@@ -87,13 +87,14 @@ def _stored(array: np.ndarray, kind: Storage) -> np.ndarray:
 
 
 def typed(value: Any) -> TypedValue:
-    """A value with the type that files of this kind give it."""
+    """A value with the type that llama.cpp expects: whole numbers have a sign in lists only."""
     from gguf import GGUFValueType
 
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return value, GGUFValueType.ARRAY, typed(value[0])[1] if value else GGUFValueType.UINT32
+        of = GGUFValueType.get_type(value[0]) if value else None
+        return value, GGUFValueType.ARRAY, of
     if isinstance(value, int) and not isinstance(value, bool):
         return value, GGUFValueType.UINT32, None
     return value, GGUFValueType.get_type(value), None
