@@ -48,15 +48,26 @@ def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from vivace.cli import main\n"
         "assert main(['--help']) == 0\n"
-        "for sub in ('run', 'eval', 'ls', 'pull', 'techniques', 'doctor', 'config', 'version'):\n"
+        "for sub in ('run', 'eval', 'ls', 'pull', 'export', 'techniques', 'doctor', 'config',\n"
+        "            'version'):\n"
         "    assert main([sub, '--help']) == 0\n"
         "heavy = {'numpy', 'torch', 'transformers', 'tokenizers', 'huggingface_hub', 'jinja2',\n"
-        "         'vivace._native', 'vivace.types', 'vivace.llm'}\n"
+        "         'gguf', 'vivace._native', 'vivace.types', 'vivace.llm'}\n"
         "print('heavy:', sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "heavy: []"
-    for name in ("run", "eval", "ls", "pull", "techniques", "doctor", "config", "version"):
+    for name in (
+        "run",
+        "eval",
+        "ls",
+        "pull",
+        "export",
+        "techniques",
+        "doctor",
+        "config",
+        "version",
+    ):
         assert f"  {name} " in done.stdout
 
 
@@ -149,6 +160,13 @@ def test_config_show_says_where_values_come_from(
         (["pull", "tiny"], "'tiny' is not a hub name: expected org/name"),
         (["pull", "org/absent@v2:Q4_K_M"], "model 'org/absent:Q4_K_M' is not in the cache and"),
         (["run", "org/absent@v2:Q4_K_M"], "no prompt"),
+        (["export", "tiny"], "Missing argument 'OUT.gguf'"),
+        (["export", "tiny", "x.bin"], "x.bin: expected a name that ends in .gguf"),
+        (["export", "tiny", "x-00001-of-00002.gguf"], "not that of a part of a split"),
+        (["export", "tiny", "x.gguf", "--type", "q9_9"], "'q9_9' is not one of 'f32', 'f16'"),
+        (["export", "tiny", "x.gguf"], "no name in GGUF: --pre NAME writes it"),
+        (["export", "tiny", "x.gguf", "--pre", "smolm"], "did you mean smollm"),
+        (["export", "./nowhere", "x.gguf"], "./nowhere"),
         (["config"], "Missing command"),
     ],
 )
@@ -257,6 +275,47 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_a_model_is_told_from_a_prompt(tmp_path: Path, text: str, is_model: bool) -> None:
     (tmp_path / "my own model.GGUF").touch()
     assert names_model(text) is is_model
+
+
+# ---------------------------------------------------------------- exports
+
+
+def test_export_writes_a_file_that_is_a_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    written = listed(capsys, "export", "tiny", "tiny.gguf", "--pre", "smollm", "--type", "q8_0")
+    assert written == {
+        "path": "tiny.gguf",
+        "num_bytes": (tmp_path / "tiny.gguf").stat().st_size,
+        "types": {"Q8_0": 43, "F32": 13},
+    }
+    message = refused(capsys, "export", "tiny", "tiny.gguf", "--pre", "smollm")
+    assert message == "tiny.gguf exists: --force replaces it"
+    assert main(["export", "tiny.gguf", "tiny.gguf", "--force", "--type", "f16"]) == 0
+    shown = capsys.readouterr()
+    assert "43 F16, 13 F32" in shown.out
+    assert shown.err == ""
+    assert main(["run", "./tiny.gguf", "--temperature", "0", "What is 7+8?"]) == 0
+    assert "Answer: 15" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_export_says_where_other_programs_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "tiny", "tiny.gguf", "--pre", "smollm"]) == 0
+    assert "other programs cut some texts as smollm does" in capsys.readouterr().err
+    assert main(["export", "tiny", "nowhere/tiny.gguf", "--pre", "smollm"]) == 1
+    assert capsys.readouterr().err.startswith("error: nowhere/tiny.gguf")
+
+
+def test_only_writing_imports_the_gguf_package() -> None:
+    code = (
+        "import sys; from vivace.cli import main\n"
+        "assert main(['run', 'tiny', 'hi', '--max-tokens', '1']) == 0\n"
+        "assert 'gguf' not in sys.modules\n"
+        "assert main(['export', 'tiny', 'tiny.gguf', '--pre', 'smollm']) == 0\n"
+        "assert 'gguf' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, check=True)
 
 
 # ---------------------------------------------------------------- messages of a chat

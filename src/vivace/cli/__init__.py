@@ -11,6 +11,7 @@ import click
 from vivace.cli.config import config
 from vivace.cli.doctor import doctor
 from vivace.cli.eval import evaluate
+from vivace.cli.export import export
 from vivace.cli.listings import ls, techniques, version
 from vivace.cli.output import INTERRUPTED
 from vivace.cli.pull import pull
@@ -24,7 +25,7 @@ BUG_EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 app = click.Group(
     "vivace",
     help="Run open-weight language models, with techniques that are chosen by measuring.",
-    commands=[run, evaluate, ls, pull, techniques, doctor, config, version],
+    commands=[run, evaluate, ls, pull, export, techniques, doctor, config, version],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -7,6 +7,7 @@ only the template's own text makes control tokens: see `Tokenizer.encode_chat`.
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -62,9 +63,10 @@ class Tokenizer:
         self._pieces = pieces
         self._lock = threading.Lock()  # guards the switch between the two ways to encode
         self.special_tokens = dict(special_tokens or {})
-        self._templates = dict(templates or {})
+        self.templates = dict(templates or {})
         self._compiled: dict[str, ChatTemplate] = {}
         added = backend.get_added_tokens_decoder()
+        self.added_ids = frozenset(added)
         special = {item: token for item, token in added.items() if token.special}
         self.special_ids = frozenset(special)
         # Whether special tokens could appear only after normalising a text.
@@ -92,11 +94,19 @@ class Tokenizer:
         return Tokenizer(
             self._backend,
             self.special_tokens,
-            self._templates,
+            self.templates,
             self._pieces,
             self.eog_token_ids,
             tokenization,
         )
+
+    def to_json(self) -> str:
+        """All but templates and roles of tokens, as in a tokenizer.json."""
+        return self._backend.to_str()
+
+    def to_state(self) -> dict[str, Any]:
+        """What `to_json` says."""
+        return json.loads(self.to_json())
 
     @property
     def bos_token_id(self) -> int | None:
@@ -112,7 +122,7 @@ class Tokenizer:
 
     @property
     def has_template(self) -> bool:
-        return bool(self._templates)
+        return bool(self.templates)
 
     def token_to_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
@@ -280,13 +290,13 @@ class Tokenizer:
         return ids
 
     def _template(self, name: str) -> ChatTemplate:
-        name = name if name in self._templates else "default"
-        if name not in self._templates:
-            known = ", ".join(sorted(self._templates))
+        name = name if name in self.templates else "default"
+        if name not in self.templates:
+            known = ", ".join(sorted(self.templates))
             hint = f"it has {known}, none of them 'default'" if known else "it has none"
             raise TemplateError(f"the model has no chat template ({hint}): use a plain prompt")
         if name not in self._compiled:
-            self._compiled[name] = ChatTemplate(self._templates[name])
+            self._compiled[name] = ChatTemplate(self.templates[name])
         return self._compiled[name]
 
 

@@ -13,7 +13,7 @@ from vivace.errors import BadFile, ModelNotFound
 from vivace.models.formats.strict_json import read_bytes, read_object
 from vivace.models.templates import find_templates
 
-__all__ = ["guarded", "read_tokenizer"]
+__all__ = ["MAX_TOKENIZER_BYTES", "guarded", "read_tokenizer"]
 
 MAX_TOKENIZER_BYTES = 128 * 2**20
 _ROLES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))

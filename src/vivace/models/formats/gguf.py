@@ -97,9 +97,7 @@ class GgufFile:
         shape = info.shape
         if len(shape) > 2:
             shape = (math.prod(shape[:-1]), shape[-1])
-        raw = np.zeros(0, np.uint8)
-        if info.num_bytes:
-            raw = np.frombuffer(self._maps[info.part], np.uint8, info.num_bytes, info.offset)
+        raw = self.raw(name)
         if info.type.dtype is not None:
             flat = raw.view(info.type.dtype)
             if not flat.flags.aligned:
@@ -109,6 +107,13 @@ class GgufFile:
         row_bytes = info.shape[-1] // info.type.block_size * info.type.block_bytes
         blocks = BlockTensor(info.type, raw.reshape(math.prod(info.shape[:-1]), row_bytes))
         return blocks if len(shape) == 2 else blocks.decode().reshape(shape)
+
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor as they are in the file, read-only."""
+        info = self.tensors[name]
+        if not info.num_bytes:
+            return np.zeros(0, np.uint8)
+        return np.frombuffer(self._maps[info.part], np.uint8, info.num_bytes, info.offset)
 
 
 class _Part:

@@ -20,7 +20,7 @@ from vivace.models.gguf.architectures import (
 )
 from vivace.models.gguf.names import stored_as_gguf
 
-__all__ = ["GgufTensors", "generation_config", "read_graph"]
+__all__ = ["GgufTensors", "generation_config", "read_graph", "sampling_keys"]
 
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 # A file's recommended sampling, by the names that generation configs have.
@@ -87,3 +87,18 @@ def generation_config(metadata: Mapping[str, Any], source: str) -> Config:
     keys = {f"general.sampling.{key}": field for key, field in _SAMPLING.items()}
     values = {field: metadata[key] for key, field in keys.items() if key in metadata}
     return Config(values, f"{source}: general.sampling")
+
+
+def sampling_keys(config: Config) -> dict[str, Any]:
+    """What a generation config recommends, as far as files have keys for it."""
+    if config.boolean("do_sample", True) is False:
+        return {"general.sampling.temp": 0.0}
+    found: dict[str, Any] = {}
+    for key, field in _SAMPLING.items():
+        if key == "top_k":
+            value = config.integer(field, None, low=0)
+        else:
+            value = config.number(field, None, low=-1.0)
+        if value is not None:
+            found[f"general.sampling.{key}"] = value
+    return found

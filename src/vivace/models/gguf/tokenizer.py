@@ -4,7 +4,8 @@ A GGUF file means what it means in the program it was made for. Where llama.cpp 
 that a model was published with differ, as in Unicode normalisation, llama.cpp is followed. These
 differ from it on purpose: control tokens are never made of plain text, whatever merges would allow;
 the first token is never there twice; a byte-level vocabulary that names no first or last token has
-none; a token of such a vocabulary that is not written in the letters for bytes spells itself.
+none; a token of such a vocabulary that is not written in the letters for bytes spells itself; a
+whole tokenizer that a file holds is used in place of what the other keys say.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from vivace.models.gguf.pre_tokenizers import PreTokenizerFacts, find_pre_tokeni
 from vivace.models.gguf.vocabulary import TokenType, Vocabulary, read_vocabulary
 from vivace.models.templates import check_templates
 from vivace.models.tokenizer import Tokenizer
-from vivace.models.tokenizer_files import guarded
+from vivace.models.tokenizer_files import MAX_TOKENIZER_BYTES, guarded
 
-__all__ = ["tokenizer_from_metadata"]
+__all__ = ["WHOLE_TOKENIZER", "tokenizer_from_metadata"]
 
+WHOLE_TOKENIZER = "tokenizer.huggingface.json"
 MAX_SCORED_CHARACTERS = 2**23  # in a vocabulary whose merges follow from its scores
 MAX_SCORED_LENGTH = 512  # characters of a token there
 _SPACE = "▁"
@@ -43,6 +45,8 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], source: str) -> Tokeniz
     Lists of numbers may be arrays. Raises `BadFile`, `UnsupportedModel`.
     """
     config = Config(metadata, source)
+    if WHOLE_TOKENIZER in metadata:
+        return _whole(config)
     kind = config.text("tokenizer.ggml.model")
     if kind == "llama":
         vocabulary, backend = _scored(config)
@@ -60,17 +64,32 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], source: str) -> Tokeniz
     _add_tokens(backend, vocabulary, config)
     begins = None if kind == "gemma4" else config.boolean("tokenizer.ggml.add_bos_token", None)
     _add_ends(backend, vocabulary, config, adds_bos if begins is None else begins)
-    roles = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
-    texts = {
-        role: vocabulary.tokens[vocabulary.ids[role]] for role in roles if role in vocabulary.ids
-    }
     return Tokenizer(
         backend,
-        {f"{role}_token": text for role, text in texts.items()},
+        _special_tokens(vocabulary),
         _templates(config),
         pieces=Pieces(_token_bytes(vocabulary, backend), drops_space),
         eog_token_ids=vocabulary.end_ids,
     )
+
+
+def _whole(config: Config) -> Tokenizer:
+    """The tokenizer.json in the metadata, whose tokens must be those of the other keys."""
+    text, source = config.text(WHOLE_TOKENIZER), f"{config.source}: {WHOLE_TOKENIZER}"
+    if len(text.encode()) > MAX_TOKENIZER_BYTES:
+        raise BadFile(f"{source} is longer than {MAX_TOKENIZER_BYTES} bytes")
+    backend = guarded(source, lambda: Backend.from_str(text))
+    vocabulary = read_vocabulary(config.values, config.source, needed="tokens")
+    own = {index: token for token, index in backend.get_vocab().items()}
+    for index in range(1 + max(own, default=-1)):
+        token = vocabulary.tokens[index] if index < len(vocabulary.tokens) else None
+        if own.get(index, token) != token:
+            raise BadFile(
+                f"{source} has {show(own[index])} as token {index} but tokenizer.ggml.tokens "
+                f"{show(token)}: convert the model again"
+            )
+    special, ends = _special_tokens(vocabulary), vocabulary.end_ids
+    return Tokenizer(backend, special, _templates(config), eog_token_ids=ends)
 
 
 # ---------------------------------------------------------------- models
@@ -188,6 +207,13 @@ def _missing_letters(vocabulary: Vocabulary) -> str:
 
 
 # ---------------------------------------------------------------- special tokens
+
+
+def _special_tokens(vocabulary: Vocabulary) -> dict[str, str]:
+    """Texts by role, as templates see them."""
+    roles = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+    found = {role: vocabulary.ids[role] for role in roles if role in vocabulary.ids}
+    return {f"{role}_token": vocabulary.tokens[index] for role, index in found.items()}
 
 
 def _add_tokens(backend: Backend, vocabulary: Vocabulary, config: Config) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from vivace.errors import BadFile
 from vivace.models.config import Config, show
 
-__all__ = ["TokenType", "Vocabulary", "read_vocabulary"]
+__all__ = ["ROLES", "TokenType", "Vocabulary", "read_vocabulary"]
 
 MAX_TOKENS = 2**22
 _KEY = "tokenizer.ggml."
@@ -36,7 +36,7 @@ class TokenType(IntEnum):
 
 
 # Ids in the metadata, by what the rest calls them. The last three are older names of three others.
-_ROLES = {
+ROLES = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
     "eot": "eot_token_id",
@@ -191,7 +191,7 @@ def read_vocabulary(metadata: Mapping[str, Any], source: str, needed: str) -> Vo
 def _special_ids(metadata: Mapping[str, Any], source: str, count: int) -> dict[str, int]:
     config = Config(metadata, source)
     found = {}
-    for names in (_OLDER_NAMES, _ROLES):
+    for names in (_OLDER_NAMES, ROLES):
         for role, name in names.items():
             index = config.integer(_KEY + name, None, low=0, high=count - 1)
             if index is not None:
