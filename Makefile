@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PROMPT ?= What is 27+48?
 ARGS ?=
 PYTEST_ARGS ?=
+PEERS ?= .venv-peers
 
 export PROMPT
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -17,7 +18,7 @@ INSTALL := $(BIN)/pip install -qq
 SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find native -type f 2>/dev/null)
 CPP := $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc' 2>/dev/null)
 
-.PHONY: help run test check format bench clean
+.PHONY: help run test check format bench peers clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -43,6 +44,8 @@ format: $(VENV)/.dev ## rewrite the sources in house style
 bench: $(VENV)/.dev ## the benchmarks; results go to benchmarks/results
 	$(BIN)/python -m benchmarks $(ARGS)
 
+peers: $(PEERS)/.done ## build llama.cpp, with which tests/peers compare; takes some minutes
+
 clean: ## remove what builds leave behind, keep the virtual environment
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
 	rm -f $(VENV)/.runtime $(VENV)/.dev
@@ -60,3 +63,14 @@ $(VENV)/.dev: $(SOURCES) | $(BIN)/python
 	@echo "setting up $(VENV) for development: the native code is compiled once"
 	$(INSTALL) --editable ".[dev,torch]"
 	@touch $@ $(VENV)/.runtime
+
+LLAMA_CPP := $(shell sed -n 's/^llama_cpp_python==//p' constraints-peers.txt)
+$(PEERS)/.done: constraints-peers.txt
+	@echo "setting up $(PEERS): llama.cpp is compiled, which takes some minutes"
+	rm -rf $(PEERS) && mkdir -p $(PEERS)/source
+	$(PYTHON) -m venv $(PEERS)/venv
+	$(PEERS)/venv/bin/pip download -qq --no-deps --no-binary :all: --dest $(PEERS) llama-cpp-python==$(LLAMA_CPP)
+	tar -xzf $(PEERS)/llama_cpp_python-$(LLAMA_CPP).tar.gz -C $(PEERS)/source --strip-components 1
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/venv/bin/pip install -qq -c constraints-peers.txt \
+		$(PEERS)/llama_cpp_python-$(LLAMA_CPP).tar.gz
+	@touch $@

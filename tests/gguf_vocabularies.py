@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vivace.models.detokenizer import bytes_of_letters
 
 __all__ = ["CONTROL", "VOCABULARIES", "byte_level", "raw", "scored", "write_vocabulary"]
@@ -169,8 +171,8 @@ def write_vocabulary(metadata: dict[str, Any], path: Path) -> None:
     for key, value in metadata.items():
         if key == "general.architecture":
             continue
-        if isinstance(value, list):
-            writer.add_array(key, value)
+        if isinstance(value, list | np.ndarray):
+            writer.add_array(key, value if isinstance(value, list) else value.tolist())
         elif isinstance(value, str):
             writer.add_string(key, value)
         elif isinstance(value, bool):

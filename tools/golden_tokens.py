@@ -53,7 +53,7 @@ def _pre_tokenizers(texts: list[str]) -> dict[str, Any]:
         if facts.is_raw:
             continue
         with _opened(byte_level(name)) as peer:
-            tokens = _spelled(peer.tokenize(texts, False, False))
+            tokens = _spelled(peer.tokenize(texts, True, False))
         same = next((case for case in found.values() if case["tokens"] == tokens), None)
         if same is None:
             found[name] = {"names": [name], "tokens": tokens}

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
 from vivace.errors import UnsupportedModel, nearest
 
-__all__ = ["PRE_TOKENIZERS", "PreTokenizerFacts", "find_pre_tokenizer"]
+__all__ = ["PRE_TOKENIZERS", "PreTokenizerFacts", "exact", "find_pre_tokenizer"]
 
 
 def _characters(ranges: str) -> str:
@@ -111,8 +111,8 @@ class PreTokenizerFacts:
         """
         parts: list[PreTokenizer] = []
         if self.groups_digits:
-            parts.append(Split(Regex(_exact(_THREES)), behavior="merged_with_previous"))
-        parts += [Split(Regex(_exact(item)), behavior="isolated") for item in self.patterns]
+            parts.append(Split(Regex(exact(_THREES)), behavior="merged_with_previous"))
+        parts += [Split(Regex(exact(item)), behavior="isolated") for item in self.patterns]
         if not self.is_raw:
             parts.append(ByteLevel(add_prefix_space=False, use_regex=False))
         if missing_letters:
@@ -120,7 +120,7 @@ class PreTokenizerFacts:
         return Sequence(parts)
 
 
-def _exact(pattern: str) -> str:
+def exact(pattern: str) -> str:
     """A pattern whose categories leave out the characters that llama.cpp does not know."""
     return re.sub(
         r"\\p\{(\w)\}", rf"[\\p{{\1}}&&[^{_NEWER.replace(chr(92), chr(92) * 2)}]]", pattern
