@@ -14,19 +14,29 @@ from vivace.models.gguf.write import Storage, write_gguf
 from vivace.models.loading import LoadedModel, load_model
 
 NUM_TOKENS = 40
-# Variants of which something has no key, or no name, in their architecture.
-CANNOT_SAY = {
-    *("llama, gelu", "llama, tanh gelu", "llama, relu", "llama, dynamic"),
-    *("llama, yarn untruncated", "qwen2, window above", "qwen2, window everywhere"),
-    *("qwen2, layer types", "qwen3, window", "gemma2", "gemma2, no caps", "gemma2, biases"),
-    *("gemma2, untied", "gemma2, layer types", "gemma3_text", "gemma3_text, linear"),
-    *("gemma3_text, biases", "gemma3", "gpt2, untied", "gpt2, unscaled", "gpt2, scaled by layer"),
-    *("smollm3", "smollm3, listed", "smollm3, windows", "smollm3, layer types"),
-    *("nemotron_nas", "nemotron_nas, biases", "nemotron_nas, llama3", "mimo", "mimo, window"),
-    *("qwen2_moe, normalised", "qwen2_moe, every second layer", "qwen2_moe, dense layers"),
-    *("qwen2_moe, windows", "qwen3_moe", "qwen3_moe, dense layers", "qwen3_moe, window"),
-    *("olmoe, normalised", "phimoe", "phimoe, biases", "phimoe, window", "phimoe, longrope"),
+# Variants that a GGUF file of their architecture cannot describe, by what the refusal names.
+REFUSALS = {
+    "its blocks would be others": (
+        *("llama, gelu", "llama, tanh gelu", "llama, relu", "qwen2, window above"),
+        *("qwen2, layer types", "qwen3, window", "gemma2", "gemma2, no caps", "gemma2, biases"),
+        *("gemma2, untied", "gemma2, layer types", "gemma3_text", "gemma3_text, linear"),
+        *("gemma3_text, biases", "gpt2, untied", "gpt2, unscaled", "gpt2, scaled by layer"),
+        *("smollm3", "smollm3, listed", "smollm3, windows", "smollm3, layer types"),
+        *("qwen2_moe, normalised", "qwen2_moe, windows", "qwen3_moe", "olmoe, normalised"),
+        *("phimoe", "phimoe, biases", "phimoe, window", "phimoe, longrope"),
+    ),
+    "its ropes would be others": ("llama, dynamic", "llama, yarn untruncated"),
+    "its groups would be others": ("qwen2, window everywhere",),
+    "no architecture for the family": ("gemma3", "mimo", "mimo, window"),
+    r"no name for the tensor 'model\.layers\.3\.mlp\.linear_mlp\.weight'": (
+        *("nemotron_nas", "nemotron_nas, biases", "nemotron_nas, llama3"),
+    ),
+    "feed_forward_length differs from layer to layer": (
+        *("qwen2_moe, every second layer", "qwen2_moe, dense layers"),
+        *("qwen3_moe, dense layers", "qwen3_moe, window"),
+    ),
 }
+CANNOT_SAY = {variant: why for why, variants in REFUSALS.items() for variant in variants}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +74,7 @@ def test_what_is_written_is_read_as_the_same_model(variant, models, tmp_path):
 
 @pytest.mark.parametrize("variant", sorted(CANNOT_SAY))
 def test_what_gguf_cannot_say_is_refused(variant, models, tmp_path):
-    with pytest.raises(UnsupportedModel, match=r"GGUF|differs from layer to layer"):
+    with pytest.raises(UnsupportedModel, match=CANNOT_SAY[variant]):
         write(models(variant), tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
 
@@ -80,7 +90,8 @@ def test_matrices_are_stored_as_asked(variant, storage, tolerance, models, tmp_p
     }
     assert types["blk.0.attn_output.weight"] == storage.upper()
     assert types["blk.0.attn_norm.weight"] == "F32"
-    assert types.get("blk.0.ffn_gate_inp.weight", "F32") == "F32"
+    if variant == "qwen2_moe":
+        assert types["blk.0.ffn_gate_inp.weight"] == "F32"
     read = load_model(tmp_path / "model.gguf")
     moved = np.abs(logits(read) - logits(models(variant))).max()
     assert 0 < moved < tolerance

@@ -65,7 +65,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def test_texts_become_the_same_tokens(pre, tmp_path):
     source = load_model(write_checkpoint(tmp_path / "model", published(pre)))
     export_gguf(source, tmp_path / "model.gguf", None, None)
-    texts = [*PROMPTS, *FIXED_TEXTS] if pre == "gpt-2" else list(PROMPTS)
+    texts: list[str] = [*PROMPTS, *(FIXED_TEXTS if pre == "gpt-2" else ())]
     with LlamaCpp(tmp_path / "model.gguf") as peer:
         theirs = peer.tokenize(texts, True, False)
         assert peer.described["adds_bos"] is False

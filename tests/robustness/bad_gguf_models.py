@@ -137,6 +137,12 @@ def drop_rows(metadata: Metadata, tensors: Tensors) -> None:
     tensors["token_embd.weight"] = (array[:-5], kind)
 
 
+def tokens_a_number(metadata: Metadata, tensors: Tensors) -> None:
+    del metadata["llama.vocab_size"]
+    metadata[TOKENS] = (7, UINT32, None)
+
+
+edited("tokens a number", "'llama.vocab_size' is missing", tokens_a_number)
 edited("embedding with fewer rows than tokens", "'token_embd.weight' has shape", drop_rows)
 value("vocabulary size of another model", "'token_embd.weight' has shape", "vocab_size", 99)
 value("tokenizer kind unknown", "tokenizer.ggml.model is 'magic'", "tokenizer.ggml.model", "magic")
@@ -148,6 +154,8 @@ value("begin token text", "bos_token_id", "tokenizer.ggml.bos_token_id", "first"
 value("no merges", "tokenizer.ggml.merges", "tokenizer.ggml.merges", None)
 value("merges one text", "tokenizer.ggml.merges", "tokenizer.ggml.merges", "a b")
 value("tokens a text", "tokenizer.ggml.tokens", TOKENS, "abc")
+listed("tokenizer kinds", "tokenizer.ggml.model' is", "tokenizer.ggml.model", [1, 2], INT32)
+value("temperature a text", "general.sampling.temp' is 'hot'", "general.sampling.temp", "hot")
 value("chat template a number", "tokenizer.chat_template", "tokenizer.chat_template", 7)
 value("chat template of 2 MB", "longer than", "tokenizer.chat_template", "x" * 2**21)
 value("begin flag a text", "add_bos_token", "tokenizer.ggml.add_bos_token", "yes")

@@ -163,10 +163,16 @@ def gguf_case(dice: random.Random, folder: Path) -> Path:
 
 
 def read_gguf(path: Path) -> None:
-    """Open, decode and check that what was read is of the shape that was said."""
+    """Open, decode and check what was read, then load it as a model with all that it brings."""
     file = GgufFile(path)
     for name, info in file.tensors.items():
         assert np.asarray(file.array(name)).size == np.prod(info.shape, dtype=object)
+    model = load_model(path)
+    if model.has_tokenizer:
+        model.tokenizer.encode("the 12 <|end|>")
+        assert all(0 <= item < model.graph.vocab_size for item in model.eos_token_ids)
+        if model.tokenizer.has_template:
+            model.tokenizer.render_chat([{"role": "user", "content": "x"}])
 
 
 # ---------------------------------------------------------------- safetensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,8 +104,9 @@ def _cached(name: str, revision: str | None, quantization: str | None) -> Path |
     """What `pull` would return, if the cache has all of it."""
     if quantization is None:
         path = _safetensors_snapshot(name, revision)
-        if path is not None and _is_whole(path):
-            return path
+        with suppress(BadFile):  # a damaged index: what is there is fetched again
+            if path is not None and _is_whole(path):
+                return path
     path = _snapshot(name, revision, ())
     if path is None or (quantization is None and _has_safetensors(path)):
         return None

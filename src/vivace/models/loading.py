@@ -195,7 +195,8 @@ def _from_gguf(path: Path) -> LoadedModel:
     file = GgufFile(path)
     graph, config = read_graph(file)
     source, metadata = str(path), file.metadata
-    has_tokenizer = metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
+    kind = Config(metadata, f"{source}: metadata").text("tokenizer.ggml.model", "none")
+    has_tokenizer = kind not in ("none", "no_vocab")
     make_tokenizer = partial(tokenizer_from_metadata, metadata, source) if has_tokenizer else None
     generation = generation_config(metadata, source)
     return LoadedModel(

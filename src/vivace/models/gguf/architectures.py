@@ -148,11 +148,10 @@ def config_from_metadata(
         fields |= _rope(metadata, fields, factors)
         fields |= architecture.fields(metadata, fields)
     tokens = values.get("tokenizer.ggml.tokens")
-    if "vocab_size" not in fields:
-        size = metadata.integer("vocab_size", None if tokens is None else len(tokens))
-        if size is None:
-            raise metadata.bad("vocab_size", "a whole number, or tokenizer.ggml.tokens beside it")
-        fields["vocab_size"] = size
+    size = metadata.integer("vocab_size", len(tokens) if isinstance(tokens, list) else None)
+    if size is None:
+        raise metadata.bad("vocab_size", "a whole number, or tokenizer.ggml.tokens beside it")
+    fields["vocab_size"] = size
     for role in ("eos", "bos"):
         token_id = values.get(f"tokenizer.ggml.{role}_token_id")
         if token_id is not None:
@@ -238,7 +237,8 @@ def _rope(metadata: Metadata, fields: Mapping[str, Any], factors: Arrays) -> dic
             "or longrope"
         )
     name = "rope.scaling.factor" if metadata.has("rope.scaling.factor") else "rope.scale_linear"
-    factor = 1.0 if kind == "none" else metadata.number(name, 1.0)
+    is_scaled = kind != "none" and metadata.given(name) != 0  # zero means unset
+    factor = metadata.number(name, 1.0) if is_scaled else 1.0
     temperature = metadata.number("rope.scaling.attn_factor", 1.0)
     scaling: dict[str, Any] | None = None
     if factors:

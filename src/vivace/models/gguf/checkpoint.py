@@ -83,9 +83,16 @@ def _rope_factors(file: GgufFile) -> dict[str, np.ndarray]:
 
 
 def generation_config(metadata: Mapping[str, Any], source: str) -> Config:
-    """What the file recommends for sampling, as a generation config."""
-    keys = {f"general.sampling.{key}": field for key, field in _SAMPLING.items()}
-    values = {field: metadata[key] for key, field in keys.items() if key in metadata}
+    """What the file recommends for sampling, as a generation config. Raises `BadFile`."""
+    config, values = Config(metadata, f"{source}: metadata"), {}
+    for key, field in _SAMPLING.items():
+        name = f"general.sampling.{key}"
+        given = config.values.get(name)
+        if given is None:
+            continue
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise config.bad(name, "a number")
+        values[field] = given
     return Config(values, f"{source}: general.sampling")
 
 

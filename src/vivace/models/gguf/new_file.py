@@ -114,7 +114,7 @@ def write_file(
     """
     from gguf import GGUFEndian, GGUFWriter  # imported late: few runs write
 
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     architecture = metadata["general.architecture"][0]
     writer = GGUFWriter(partial, architecture, endianess=GGUFEndian.LITTLE)
     try:
