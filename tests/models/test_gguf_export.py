@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import gguf
 import numpy as np
@@ -31,6 +33,7 @@ from transformers import GPT2Tokenizer, LlamaTokenizer
 
 from vivace import LLM, SamplingParams
 from vivace.errors import BadFile, InvalidOption, UnsupportedModel
+from vivace.models.config import Config
 from vivace.models.formats.gguf import GgufFile
 from vivace.models.gguf.export import export_gguf
 from vivace.models.gguf.pre_tokenizer_names import find_pre_name
@@ -122,7 +125,7 @@ def test_gpt2_tokenizers_of_transformers():
     metadata = byte_level("gpt-2")
     tokens = metadata["tokenizer.ggml.tokens"][: -len(CONTROL + USER_DEFINED)]
     tokens.append("<|endoftext|>")
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    merges: Any = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     theirs = GPT2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
     roles = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     tokenizer = Tokenizer(theirs.backend_tokenizer, roles)
@@ -187,7 +190,8 @@ def without_merges() -> Backend:
 
 
 def merged_by_some_pairs() -> Backend:
-    state = read(scored()).to_state() | {"post_processor": None}
+    state = read(scored()).to_state()
+    state["post_processor"] = None
     state["model"]["merges"] = state["model"]["merges"][::2]
     return Backend.from_str(json.dumps(state))
 
@@ -287,8 +291,8 @@ def test_an_exported_model_answers_the_same(source, tmp_path):
 
 
 def test_tokens_that_end_an_answer_need_a_place(source, tmp_path):
-    model = load_model(source)
-    model.generation_config.values["eos_token_id"] = [1, 5, 6, 7]
+    recommended = Config({"eos_token_id": [1, 5, 6, 7]}, "generation_config.json")
+    model = replace(load_model(source), generation_config=recommended)
     with pytest.raises(UnsupportedModel, match="4 tokens that end an answer have no place"):
         export_gguf(model, tmp_path / "model.gguf", None, None)
     assert list(tmp_path.iterdir()) == []
