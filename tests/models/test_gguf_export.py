@@ -77,6 +77,17 @@ def test_what_gguf_files_hold_is_written_back(name):
     assert read(keys).eog_token_ids == tokenizer.eog_token_ids
 
 
+def test_spaces_that_belong_to_control_tokens_are_told_by_a_name():
+    tokenizer = read(scored() | {"general.name": "Phi-3 mini"})
+    text = "a<|user|>  \nb"
+    assert tokenizer.encode(text, allow_special=True) != read(scored()).encode(
+        text, allow_special=True
+    )
+    keys = tokenizer_keys(tokenizer, tokenizer.vocab_size, None)
+    assert (keys["general.name"], WHOLE_TOKENIZER in keys) == ("phi-3", False)
+    assert_same(tokenizer, read(keys))
+
+
 @pytest.mark.parametrize("pre", PUBLISHED)
 def test_published_patterns_are_told(pre):
     tokenizer = Tokenizer(published(pre), ROLES)
