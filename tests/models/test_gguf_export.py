@@ -77,6 +77,17 @@ def test_what_gguf_files_hold_is_written_back(name):
     assert read(keys).eog_token_ids == tokenizer.eog_token_ids
 
 
+def test_spaces_that_belong_to_control_tokens_are_told_by_a_name():
+    tokenizer = read(scored() | {"general.name": "Phi-3 mini"})
+    text = "a<|user|>  \nb"
+    assert tokenizer.encode(text, allow_special=True) != read(scored()).encode(
+        text, allow_special=True
+    )
+    keys = tokenizer_keys(tokenizer, tokenizer.vocab_size, None)
+    assert (keys["general.name"], WHOLE_TOKENIZER in keys) == ("phi-3", False)
+    assert_same(tokenizer, read(keys))
+
+
 @pytest.mark.parametrize("pre", PUBLISHED)
 def test_published_patterns_are_told(pre):
     tokenizer = Tokenizer(published(pre), ROLES)
@@ -190,7 +201,8 @@ def without_merges() -> Backend:
 
 
 def merged_by_some_pairs() -> Backend:
-    state: Any = read(scored()).to_state() | {"post_processor": None}
+    state = read(scored()).to_state()
+    state["post_processor"] = None
     state["model"]["merges"] = state["model"]["merges"][::2]
     return Backend.from_str(json.dumps(state))
 
@@ -290,9 +302,8 @@ def test_an_exported_model_answers_the_same(source, tmp_path):
 
 
 def test_tokens_that_end_an_answer_need_a_place(source, tmp_path):
-    model = load_model(source)
-    generation = Config({"eos_token_id": [1, 5, 6, 7]})
-    model = replace(model, generation_config=generation)
+    recommended = Config({"eos_token_id": [1, 5, 6, 7]}, "generation_config.json")
+    model = replace(load_model(source), generation_config=recommended)
     with pytest.raises(UnsupportedModel, match="4 tokens that end an answer have no place"):
         export_gguf(model, tmp_path / "model.gguf", None, None)
     assert list(tmp_path.iterdir()) == []

@@ -70,9 +70,8 @@ def test_texts_become_the_same_tokens(pre, tmp_path):
         theirs = peer.tokenize(texts, True, False)
         assert peer.described["adds_bos"] is False
         assert source.tokenizer.eog_token_ids <= set(peer.described["end"])
-    known = [text for text in texts if "\U00016d40" not in text]  # newer than its tables
     for text, tokens in zip(texts, theirs, strict=True):
-        if text in known:
+        if "\U00016d40" not in text:  # a letter newer than its tables
             assert source.tokenizer.encode(text) == tokens, text
 
 

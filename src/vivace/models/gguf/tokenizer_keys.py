@@ -25,10 +25,9 @@ from vivace.models.tokenizer import Tokenizer
 __all__ = ["tokenizer_keys"]
 
 _KEY = "tokenizer.ggml."
-_SPACE = "▁"
 _MAX_VOCABULARY_TEXTS = 2**14
 _MAX_TAGS = 64
-# What is told apart by nobody: files whose tokens of these differ mean another tokenizer.
+# Cut alike by every program that knows a pattern: where their tokens differ, so does the tokenizer.
 _PLAIN_TEXTS = (
     "",
     "Hello world",
@@ -41,7 +40,7 @@ _PLAIN_TEXTS = (
     "日本語のテキスト、東京。中文，测试！ 한국어",
     "Straße naïve café — “quoted” … € ½ ² 🙂 👩\u200d👧",
 )
-# What published patterns and those of GGUF files cut differently.
+# On some of these, published patterns and those of GGUF files differ.
 _ODD_TEXTS = (
     " leading",
     "  two",
