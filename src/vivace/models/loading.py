@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -17,13 +17,13 @@ from vivace.blocks import ModelGraph, weight_refs
 from vivace.errors import BadFile, ModelNotFound, UnsupportedModel
 from vivace.models import graph_from_config, name_prefix
 from vivace.models.config import Config, show
-from vivace.models.formats.block_tensor import BlockTensor
-from vivace.models.formats.gguf import GgufFile
 from vivace.models.formats.safetensors import SafetensorsFile, TensorInfo
 from vivace.models.formats.strict_json import read_object
-from vivace.models.gguf.checkpoint import GgufTensors, generation_config, read_graph
 from vivace.models.location import resolve
 from vivace.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from vivace.models.formats.block_tensor import BlockTensor
 
 __all__ = ["LoadedModel", "Weights", "load_model"]
 
@@ -190,6 +190,9 @@ def _from_directory(path: Path) -> LoadedModel:
 
 
 def _from_gguf(path: Path) -> LoadedModel:
+    # Imported late: a model in a directory starts without them.
+    from vivace.models.formats.gguf import GgufFile
+    from vivace.models.gguf.checkpoint import GgufTensors, generation_config, read_graph
     from vivace.models.gguf.tokenizer import tokenizer_from_metadata
 
     file = GgufFile(path)
