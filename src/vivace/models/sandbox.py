@@ -1,15 +1,16 @@
 """Jinja for templates that came with a download: no way out, and bounded in time and memory.
 
-On top of jinja's own sandbox (no internals, no mutation), every loop turn, call and produced
-character is paid for from a budget, and single operations that could explode are looked at first.
+On top of jinja's own sandbox (no internals, no mutation), everything that takes time or makes text
+is paid for from a budget: loop turns, calls, produced characters, and what filters, comparisons and
+slices read. Operations that could explode are looked at before they run.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
 from datetime import datetime
 from functools import wraps
 from typing import Any
@@ -21,11 +22,17 @@ import jinja2.sandbox
 from jinja2.exceptions import SecurityError
 from jinja2.visitor import NodeTransformer
 
-__all__ = ["BudgetExceeded", "Sandbox", "render"]
+from vivace.models.sandbox_budget import (
+    BudgetExceeded,
+    budget,
+    check_integer,
+    count_characters,
+    spending,
+)
 
-MAX_STEPS = 1_000_000
+__all__ = ["BudgetExceeded", "compile_template", "render"]
+
 MAX_ARGUMENT = 10_000  # whole numbers handed to functions and filters, other than `range`
-MAX_INTEGER_BITS = 256
 
 _REFUSED_FILTERS = frozenset(
     {"filesizeformat", "forceescape", "pprint", "random", "striptags"}
@@ -35,35 +42,28 @@ _REFUSED_METHODS = frozenset(
     {"center", "encode", "expandtabs", "format_map", "ljust"}
     | {"maketrans", "rjust", "translate", "zfill"}
 )
+_REFUSED_TESTS = frozenset({"lower", "upper"})  # they print what they are given
+# Filters that look at the first item at most, and those that look at each item once.
+_CHEAP_FILTERS = frozenset(
+    {"abs", "attr", "count", "d", "default", "first", "float", "last", "length", "round", "safe"}
+)
+_SHALLOW_FILTERS = frozenset(
+    {"batch", "items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"}
+    | {"slice"}
+)
+_COMPARING_FILTERS = frozenset({"dictsort", "groupby", "max", "min", "sort", "sum", "unique"})
+_ITERATING_FILTERS = _SHALLOW_FILTERS | _COMPARING_FILTERS | {"join"}
+_COMPARING_TESTS = frozenset(
+    {"==", "!=", "<", "<=", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in"}
+    | {"le", "lessthan", "lt", "ne"}
+)
 _WIDE_FORMAT = re.compile(r"[%{][^%}]*\d{4}")
 
 
-class BudgetExceeded(jinja2.TemplateError):
-    """A template does more than any conversation needs."""
-
-
-class _Budget:
-    def __init__(self, num_characters: int) -> None:
-        self.steps = MAX_STEPS
-        self.characters = num_characters
-
-    def step(self, count: int = 1) -> None:
-        self.steps -= count
-        if self.steps < 0:
-            raise BudgetExceeded(f"it takes more than {MAX_STEPS} steps")
-
-    def produce(self, num_characters: int) -> None:
-        self.characters -= num_characters
-        if self.characters < 0:
-            raise BudgetExceeded("it makes far more text than it was given")
-
-
-_NO_INPUT = 2**20
-_current: ContextVar[_Budget | None] = ContextVar("template_budget", default=None)
-
-
-def _budget() -> _Budget:
-    return _current.get() or _Budget(_NO_INPUT)  # constants folded when a template is compiled
+def compile_template(source: str) -> jinja2.Template:
+    """Raises `jinja2.TemplateError`, or whatever else a template that is no template raises."""
+    with spending():
+        return Sandbox().from_string(source)
 
 
 def render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
@@ -71,27 +71,14 @@ def render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
 
     Raises `BudgetExceeded`, or whatever the template raises.
     """
-    token = _current.set(_Budget(_NO_INPUT * 4 + 64 * _num_characters(variables)))
-    try:
+    with spending(count_characters(variables)):
         return "".join(template.generate(variables))
-    finally:
-        _current.reset(token)
-
-
-def _num_characters(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(_num_characters(key) + _num_characters(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return sum(map(_num_characters, value))
-    return 8
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The environment that chat templates expect, with a budget. See the module."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def __init__(self) -> None:
         super().__init__(
@@ -109,7 +96,12 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             "_turns": _turns,
             "_join": _join,
             "_emit": _emit,
+            "_read": _read,
+            "_among": _among,
+            "_key": _key,
+            "_cut": _cut,
         }
+        self.tests = {name: t for name, t in self.tests.items() if name not in _REFUSED_TESTS}
         self.globals = {
             "range": jinja2.sandbox.safe_range,
             "dict": dict,
@@ -129,34 +121,43 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
         raise SecurityError(f"it reads the unsafe attribute {attribute!r}")
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, _key(None, argument))
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        budget = _budget()
-        budget.step()
+        paid = budget()
+        paid.step()
+        check_integer(left)
+        check_integer(right)
         if operator == "*":
             for item, count in ((left, right), (right, left)):
                 if isinstance(item, str | list | tuple) and isinstance(count, int):
-                    budget.produce(len(item) * max(count, 0))
+                    paid.produce(len(item) * max(count, 0))
         if operator == "**" and not (_is_small(left, 32) and _is_small(right, 6)):
             raise BudgetExceeded("it takes a large power")
         if operator == "%" and isinstance(left, str):
             _check_format(left, [right])
         result = super().call_binop(context, operator, left, right)
-        if isinstance(result, int) and result.bit_length() > MAX_INTEGER_BITS:
-            raise BudgetExceeded("it makes a number of too many digits")
-        _pay(result)
+        paid.pay_result(result)
         return result
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        _budget().step()
-        owner = getattr(function, "__self__", None)
+        paid = budget()
+        paid.step()
+        paid.work(len(args) + len(kwargs))
+        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if isinstance(owner, str):
-            _check_text_method(function.__name__, owner, args)
-        elif getattr(function, "__name__", "") in ("format", "format_map"):
+            args = _check_text_method(name, owner, args)
+        elif isinstance(owner, list | tuple | range) or name == "changed":
+            paid.read(owner, *args)  # searches compare
+        elif isinstance(owner, dict):
+            paid.read(*args)
+        elif name in ("format", "format_map"):
             _check_format(str(getattr(function, "__wrapped__", "")), args)
         if function is not jinja2.sandbox.safe_range:
             _check_arguments([*args, *kwargs.values()])
         result = super().call(context, function, *args, **kwargs)
-        _pay(result)
+        paid.pay_result(result)
         return result
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -167,6 +168,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         template = value.__self__
 
         def bounded(*args: Any, **kwargs: Any) -> str:
+            for _, _, spec, _ in string.Formatter().parse(template):
+                if spec and "{" in spec:
+                    raise BudgetExceeded("it formats with widths that come from values")
             _check_format(template, [*args, *kwargs.values()])
             return inner(*args, **kwargs)
 
@@ -177,7 +181,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Metered(NodeTransformer):
-    """Rewrites loops, concatenations and outputs so that they pay."""
+    """Rewrites loops, outputs and whatever reads values through so that they pay."""
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.For:
         self.generic_visit(node)
@@ -203,9 +207,71 @@ class _Metered(NodeTransformer):
         ]
         return node
 
+    def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Compare:
+        self.generic_visit(node)
+        node.expr = _read_node(node.expr)
+        for operand in node.ops:
+            is_search = operand.op in ("in", "notin")
+            operand.expr = _read_node(operand.expr, "_among" if is_search else "_read")
+        return node
 
-def _through(name: str, node: Any) -> jinja2.nodes.Filter:
-    return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+    def visit_Test(self, node: jinja2.nodes.Test) -> jinja2.nodes.Test:
+        self.generic_visit(node)
+        if node.name in _COMPARING_TESTS:
+            node.node = _read_node(node.node)
+            node.args = [_read_node(item) for item in node.args]
+        return node
+
+    def visit_Pair(self, node: jinja2.nodes.Pair) -> jinja2.nodes.Pair:
+        self.generic_visit(node)
+        node.key = _read_node(node.key, "_key")
+        return node
+
+    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Expr:
+        self.generic_visit(node)
+        if not isinstance(node.arg, jinja2.nodes.Slice):
+            return node
+        bounds = (node.arg.start, node.arg.stop, node.arg.step)
+        none = jinja2.nodes.Const(None, lineno=node.lineno)
+        return _through("_cut", node.node, *(bound or none for bound in bounds))
+
+
+def _through(name: str, node: Any, *args: Any) -> jinja2.nodes.Filter:
+    return jinja2.nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
+
+
+def _read_node(node: Any, name: str = "_read") -> Any:
+    return node if isinstance(node, jinja2.nodes.Const) else _through(name, node)
+
+
+@jinja2.pass_context
+def _read(context: Any, value: Any) -> Any:
+    budget().read(value)
+    return value
+
+
+@jinja2.pass_context
+def _among(context: Any, value: Any) -> Any:
+    """What something is searched in; a dictionary is not read for that."""
+    if not isinstance(value, dict):
+        budget().read(value)
+    return value
+
+
+@jinja2.pass_context
+def _key(context: Any, value: Any) -> Any:
+    """Keys are hashed and shown in messages, which for nested values has no bound."""
+    if not isinstance(value, str | int | float | jinja2.Undefined | None):
+        raise SecurityError("it uses a key that is neither text nor a number")
+    return value
+
+
+@jinja2.pass_context
+def _cut(context: Any, value: Any, start: Any, stop: Any, step: Any) -> Any:
+    part = slice(start, stop, step)
+    if isinstance(value, str | list | tuple):
+        budget().produce(len(range(len(value))[part]) + 1)
+    return value[part]
 
 
 @jinja2.pass_context
@@ -213,61 +279,79 @@ def _turns(context: Any, items: Iterable[Any]) -> Iterable[Any]:
     if isinstance(items, jinja2.Undefined):
         return items
     if isinstance(items, str | list | tuple | dict | range):
-        _budget().step(len(items))  # the loop keeps its length
+        budget().step(len(items))  # the loop keeps its length
         return items
     return _counted(items)
 
 
 def _counted(items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
-        _budget().step()
+        budget().step()
         yield item
 
 
 @jinja2.pass_context
 def _join(context: Any, items: list[Any]) -> str:
-    texts = [str(item) for item in items]
-    _budget().produce(sum(map(len, texts)))
-    return "".join(texts)
+    return "".join(map(_text, items))
 
 
 @jinja2.pass_context
 def _emit(context: Any, value: Any) -> Any:
-    _budget().step()
-    text = str(value)
-    _budget().produce(len(text))
-    return text
+    budget().step()
+    return _text(value)
 
 
-def _pay(result: Any) -> None:
-    if isinstance(result, str | list | tuple | dict):
-        _budget().produce(len(result))
+def _text(value: Any) -> str:
+    budget().print(value)
+    return str(value)
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    num_passed = int(getattr(function, "jinja_pass_arg", None) is not None)
+
     @wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        _budget().step()
-        values = [*args, *kwargs.values()]
-        _check_arguments(values)
-        texts = [value for value in values if isinstance(value, str)]
-        if name == "format" and texts:
-            _check_format(texts[0], values)
-        if name == "replace" and len(texts) > 1:
-            _check_text_method("replace", texts[0], texts[1:])
-        if name in ("indent", "center", "truncate") and texts:
-            numbers = [value for value in values if isinstance(value, int)]
-            prefix = max([4, *numbers, *map(len, texts[1:])])
-            _budget().produce(len(texts[0]) + prefix * (1 + texts[0].count("\n")))
-        if name == "join":
-            separator = texts[-1] if texts else ""
-            sized = [value for value in values if isinstance(value, list | tuple | str)]
-            _budget().produce(len(separator) * max(map(len, sized), default=0))
-        result = function(*args, **kwargs)
-        _pay(result)
+        budget().step()
+        passed, rest = args[:num_passed], args[num_passed:]
+        if rest and name not in _CHEAP_FILTERS:
+            is_lazy = hasattr(rest[0], "__next__") or isinstance(rest[0], range)
+            is_taken = is_lazy and name in _ITERATING_FILTERS
+            value = budget().take(rest[0]) if is_taken else rest[0]
+            rest = (value, *rest[1:])
+            _pay_filter(name, value, [*rest[1:], *kwargs.values()])
+        _check_arguments([*rest, *kwargs.values()])
+        result = function(*passed, *rest, **kwargs)
+        budget().pay_result(result)
         return result
 
     return bounded
+
+
+def _pay_filter(name: str, value: Any, options: list[Any]) -> None:
+    """Pay for what a filter will do with a value, before it does."""
+    paid = budget()
+    if name in _SHALLOW_FILTERS:
+        count, price = paid.glance(value), paid.read(*options)
+        paid.work(count * max(price - len(options), 0))  # for a test that reads its argument
+        return
+    paid.read(value, *options)
+    if name in _COMPARING_FILTERS:
+        if name == "sum" and any(isinstance(item, list | tuple) for item in options):
+            raise BudgetExceeded("it sums lists")
+        return
+    if not isinstance(value, str):
+        paid.print(value)
+    texts = [value if isinstance(value, str) else "", *(o for o in options if isinstance(o, str))]
+    if name == "format":
+        _check_format(texts[0], options)
+    if name in ("replace", "trim"):
+        _check_text_method("strip" if name == "trim" else name, texts[0], texts[1:])
+    if name in ("indent", "truncate"):
+        numbers = [item for item in options if isinstance(item, int)]
+        prefix = max([4, *numbers, *map(len, texts[1:])])
+        paid.produce(len(texts[0]) + prefix * (1 + texts[0].count("\n")))
+    if name == "join" and isinstance(value, str | list | tuple | dict):
+        paid.produce(max(map(len, texts[1:]), default=0) * len(value))
 
 
 def _check_arguments(values: Iterable[Any]) -> None:
@@ -276,22 +360,38 @@ def _check_arguments(values: Iterable[Any]) -> None:
             raise BudgetExceeded(f"it passes {value}, which is above {MAX_ARGUMENT}, to a function")
 
 
-def _check_text_method(name: str, text: str, args: Any) -> None:
+def _check_text_method(name: str, text: str, args: Any) -> Any:
+    """Pay for a method of a string, before it runs; returns its arguments."""
+    paid = budget()
+    if name == "join" and args:
+        items = args[0] if isinstance(args[0], str | list | tuple | dict) else paid.take(args[0])
+        paid.produce(len(text) * len(items))
+        paid.print(items)
+        return (items, *args[1:])
+    price = paid.read(text, *args)
+    if name.endswith("strip"):
+        paid.work(price * sum(len(arg) for arg in args if isinstance(arg, str)))
     if name == "replace" and len(args) > 1:
         old, new = str(args[0]), str(args[1])
         count = text.count(old) if old else len(text) + 1
-        _budget().produce(len(text) + count * len(new))
-    if name == "join" and args and isinstance(args[0], list | tuple | str | dict):
-        _budget().produce(len(text) * len(args[0]))
+        paid.produce(len(text) + count * len(new))
+    return args
 
 
 def _check_format(template: str, values: Iterable[Any]) -> None:
     if _WIDE_FORMAT.search(template):
         raise BudgetExceeded("it formats to a width of thousands")
+    values = list(values)
+    budget().print(values)
+    budget().produce(template.count("{") * max(map(_length, values), default=0))
     _check_arguments(values)
     for value in values:
         if isinstance(value, tuple | list):
             _check_arguments(value)
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str) else 0
 
 
 def _is_small(value: Any, bits: int) -> bool:
@@ -349,8 +449,8 @@ def _to_json(
     )
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _raise_exception(message: Any) -> None:
+    raise jinja2.TemplateError(_text(message))
 
 
 def _strftime_now(pattern: str) -> str:

@@ -27,6 +27,7 @@ Messages = Sequence[Mapping[str, Any]]
 MAX_TEMPLATE_BYTES = 2**20
 MAX_MESSAGES = 10_000
 MAX_DEPTH = 100
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -86,15 +87,16 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self.source = source
+        self._parts_of: dict[str, bool] = {}  # by role
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
         import jinja2
 
-        from vivace.models.sandbox import Sandbox
+        from vivace.models.sandbox import compile_template
 
         try:
-            return Sandbox().from_string(self.source)
+            return compile_template(self.source)
         except jinja2.TemplateError as error:
             raise TemplateError(
                 f"the chat template is not valid ({_reason(error)}): use a plain prompt"
@@ -113,19 +115,43 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation.
 
+        A content in parts stays so for a template that reads it; others get one text, the parts
+        below one another.
+
         Raises `InvalidRequest` for malformed messages and `TemplateError` where the template fails,
         refuses the messages, or does too much.
         """
-        from vivace.models.sandbox import render
-
+        checked = check_messages(messages)
         given = dict(variables or {}) | {
-            "messages": check_messages(messages),
             "tools": _plain(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
+        for role in {message["role"] for message in checked if _has_parts(message)}:
+            if not self._takes_parts(role, given):
+                checked = [_in_one(message, role) for message in checked]
+        return self._render(checked, given)
+
+    def _takes_parts(self, role: str, given: Mapping[str, Any]) -> bool:
+        """Whether a content in parts reads as the same text does for this role."""
+        if role not in self._parts_of:
+            user = {"role": "user", "content": "x"}
+            before = [user] if role == "assistant" else []
+            after = [] if role == "user" else [user]
+            contents = ("text", [{"type": "text", "text": "text"}])
+            probes = ([*before, {"role": role, "content": item}, *after] for item in contents)
+            try:
+                expected, found = (self._render(messages, given) for messages in probes)
+            except TemplateError:
+                expected, found = "", None
+            self._parts_of[role] = found == expected
+        return self._parts_of[role]
+
+    def _render(self, messages: list[dict[str, Any]], given: Mapping[str, Any]) -> str:
+        from vivace.models.sandbox import render
+
         try:
-            return render(self._compiled, given)
+            return render(self._compiled, {**given, "messages": messages})
         except TemplateError:
             raise
         except Exception as error:  # a template's failures are of any kind
@@ -141,7 +167,9 @@ def _reason(error: Exception) -> str:
 
 
 def check_messages(messages: Messages) -> list[dict[str, Any]]:
-    """Messages as plain data, with a content given in text parts as one string.
+    """Messages as plain data.
+
+    Reasoning has several names, of which templates read one or another: it is there under two.
 
     Raises `InvalidRequest`.
     """
@@ -162,10 +190,22 @@ def _message(message: Any) -> dict[str, Any]:
             is_text = isinstance(part, dict) and part.get("type") == "text"
             if not is_text or not isinstance(part.get("text"), str):
                 raise InvalidRequest(f"message part {show(part)}: expected type text and a text")
-        plain["content"] = "\n".join(part["text"] for part in content)
     elif content is not None and not isinstance(content, str):
         raise InvalidRequest(f"message content {show(content)}: expected a string or text parts")
+    reasoning = next((plain[key] for key in _REASONING if plain.get(key) is not None), None)
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     return plain
+
+
+def _has_parts(message: Mapping[str, Any]) -> bool:
+    return isinstance(message.get("content"), list)
+
+
+def _in_one(message: dict[str, Any], role: str) -> dict[str, Any]:
+    if message["role"] != role or not _has_parts(message):
+        return message
+    return message | {"content": "\n".join(part["text"] for part in message["content"])}
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
