@@ -205,6 +205,18 @@ ESCAPES = {
     "extends": "{% extends '/etc/passwd' %}",
     "lipsum": "{{ lipsum.__globals__['os'].popen('id').read() }}",
     "cycler": "{{ cycler.__init__.__globals__ }}",
+    "attribute of items": "{{ messages | map(attribute='__class__') | list }}",
+    "attributes of attributes": "{{ messages | map(attribute='content.__class__') | list }}",
+    "chosen by attribute": "{{ messages | selectattr('__class__') | list }}",
+    "sorted by attribute": "{{ messages | sort(attribute='__class__') }}",
+    "grouped by attribute": "{{ messages | groupby('__init__') }}",
+    "code of a function": "{{ raise_exception.__code__ }}",
+    "classes above": "{{ dict.mro() }}",
+    "undefined": "{{ missing.__init__ }}",
+    "iterator of a loop": "{% for m in messages %}{{ loop._iterator }}{% endfor %}",
+    "environment of a macro": "{% macro f() %}{% endmacro %}{{ f._environment }}",
+    "context": "{{ self._TemplateReference__context }}",
+    "format index walk": "{{ '{0[0].__class__}'.format(messages) }}{{ 1/0 }}",
     "generator frame": "{% set g = messages | map('upper') %}{{ g.gi_frame.f_globals }}",
 }
 EXPLOSIONS = {
@@ -256,6 +268,55 @@ EXPLOSIONS = {
     "batch": "{{ [1] | batch(10**9, 0) | list }}",
     "slices": "{{ [1] | slice(10**9) | list }}",
     "long time": "{{ strftime_now('%Y' * 10**7) }}",
+    "nested print": "{{ [['x' * 9999] * 999] * 999 }}",
+    "nested text": "{{ ([['x' * 9999] * 999] * 999) | string | length }}",
+    "nested JSON": "{{ ([['x' * 9999] * 999] * 999) | tojson | length }}",
+    "nested ~": "{% set x = ([['x' * 9999] * 999] * 999) ~ '' %}",
+    "nested join": "{% set x = ([['x' * 9999] * 999] * 999) | join %}",
+    "nested % format": "{{ '%s' % ([['x' * 9999] * 999] * 999) }}",
+    "nested str.format": "{{ '{}'.format([['x' * 9999] * 999] * 999) }}",
+    "nested refusal": "{{ raise_exception([['x' * 9999] * 999] * 999) }}",
+    "nested key": "{{ messages[[['x' * 9999] * 999] * 999].x }}",
+    "nested comparison": "{% set n = namespace(x=[0], y=[0]) %}{% for i in range(60) %}"
+    "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    "nested tuple as a key": "{% set n = namespace(x=(0,)) %}{% for i in range(60) %}"
+    "{% set n.x = (n.x, n.x) %}{% endfor %}{{ {n.x: 1} | length }}",
+    "nested tuple looked up": "{% set n = namespace(x=(0,)) %}{% for i in range(60) %}"
+    "{% set n.x = (n.x, n.x) %}{% endfor %}{{ messages[0].get(n.x) }}",
+    "joined range": "{% set x = range(99999) | join('🙂' * 1900) %}",
+    "joined generator": "{% set x = ('🙂' * 2000).join(('a' * 99999) | map('upper')) %}",
+    "width from a text": "{{ '{:>{w}}'.format(1, w='999999999') }}",
+    "format from a text": "{{ '{:{}}'.format('x', '>999999999') }}",
+    "long division": "{% set a = ('F' * 999999) | int(base=16) %}"
+    "{% set b = ('F' * 499999) | int(base=16) %}{% set c = a // b %}",
+    "long literals": "{% set c = 0x" + "F" * 400_000 + " // 0x" + "F" * 200_000 + " %}",
+    "added lists": "{% set c = ([[0] * 900] * 4000) | sum(start=[]) %}",
+    "macro of millions": "{% macro f() %}{{ varargs | length }}{% endmacro %}"
+    "{% set b = [0] * 2000000 %}{% for i in range(9999) %}{{ f(*b) }}{% endfor %}",
+} | {
+    f"often {name}": f"{{% set b = {value} * 2000000 %}}{{% for i in range(99999) %}}"
+    f"{{% set c = {operation} %}}{{% endfor %}}"
+    for name, value, operation in (
+        ("selected", "[0]", "b | select('string') | list"),
+        ("selected by attribute", "[0]", "b | selectattr('x') | list"),
+        ("summed", "[0]", "b | sum"),
+        ("the least", "[0]", "b | min"),
+        ("sorted", "[0]", "b | sort | length"),
+        ("mapped", "[0]", "b | map(attribute='x') | first"),
+        ("reversed", "[0]", "b | reverse | first"),
+        ("found in a list", "[0]", "1 in b"),
+        ("tested in a list", "[0]", "1 is in b"),
+        ("counted in a list", "[0]", "b.count(1)"),
+        ("cut from a list", "[0]", "b[::-1]"),
+        ("compared lists", "[0]", "b == [1]"),
+        ("found in a text", "'x'", "'xy' in b"),
+        ("counted in a text", "'x'", "b.count('xxy')"),
+        ("cut from a text", "'x'", "b[1:]"),
+        ("stripped", "'x'", "b.strip('xyz')"),
+        ("trimmed", "'x'", "b | trim('xyz')"),
+        ("words counted", "'x '", "b | wordcount"),
+        ("split", "'x'", "b.split('y')"),
+    )
 }
 
 
