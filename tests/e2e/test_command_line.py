@@ -56,6 +56,7 @@ def vivace(
 
 Vivace = Callable[..., tuple[str, str]]
 QUESTION = "What is 7+8?"
+WORDS = "Formatting pending Subroutines, Deprecated abstractmethods"
 
 
 def user(text: str) -> dict[str, str]:
@@ -135,6 +136,18 @@ def test_an_answer_cut_short_says_so_on_stderr(vivace: Vivace) -> None:
 def test_one_word_may_be_a_prompt_if_it_is_like_no_model(vivace: Vivace, llm: LLM) -> None:
     assert vivace("run", "Hello")[0] == llm.chat([user("Hello")]).text + "\n"
     assert vivace("run", "tiny", "tinny")[0] == llm.chat([user("tinny")]).text + "\n"
+
+
+def test_text_becomes_tokens_as_the_option_says(vivace: Vivace) -> None:
+    counts = {}
+    for mode in ("merges", "greedy", "shortest"):
+        answer, _ = vivace(
+            "run", "--json", "--raw", "--tokenization", mode, "--max-tokens", "1", WORDS
+        )
+        counts[mode] = len(json.loads(answer)["prompt_token_ids"])
+        with LLM("tiny", tokenization=mode) as model:
+            assert counts[mode] == len(model.tokenizer.encode(WORDS))
+    assert counts["shortest"] < counts["merges"]
 
 
 def test_the_instruction_set_is_chosen_for_one_model() -> None:

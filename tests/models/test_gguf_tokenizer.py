@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -475,3 +476,40 @@ def test_repeated_merges_count_once():
     expected = make(metadata).encode(TEXT)
     metadata["tokenizer.ggml.merges"] += metadata["tokenizer.ggml.merges"][::-1]
     assert make(metadata).encode(TEXT) == expected
+
+
+ODD: list[Any] = [None, 0, -1, 2**63, math.nan, "", "<s>", [], ["a"], [1], [None], {}, True, b"x"]
+ODD += [np.zeros(3), np.zeros((2, 2)), ["\ud800"], [["a"]], "x" * 10_000]
+
+
+def damaged(random_: random.Random) -> dict[str, Any]:
+    """Metadata of some kind with a few wrong, missing, moved or repeated values."""
+    metadata = dict(random_.choice([*VOCABULARIES.values(), lambda: scored(has_bytes=False)])())
+    keys = [*metadata, "tokenizer.chat_template", "tokenizer.ggml.eot_token_id", "general.name"]
+    for _ in range(random_.randrange(1, 4)):
+        key = random_.choice(keys)
+        values = metadata.get(key)
+        if not isinstance(values, list) or not values or random_.random() < 0.2:
+            metadata[key] = random_.choice(ODD)
+            continue
+        at, other = random_.randrange(len(values)), random_.randrange(len(values))
+        changes = ([], [random_.choice(ODD)], [values[other]], [values[at], values[other]])
+        metadata[key] = [*values[:at], *random_.choice(changes), *values[at + 1 :]]
+    return metadata
+
+
+def test_damaged_metadata_is_refused_or_harmless():
+    outcomes = []
+    for seed in range(200):
+        try:
+            tokenizer = make(damaged(random.Random(seed)))
+        except (BadFile, UnsupportedModel) as error:
+            outcomes.append(str(error))
+            continue
+        outcomes.append("read")
+        around = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        for text in FIXED_TEXTS:
+            assert isinstance(tokenizer.decode(tokenizer.encode(text, allow_special=True)), str)
+            assert tokenizer._control_ids.isdisjoint(set(tokenizer.encode(text)) - around), seed
+    assert not [message for message in outcomes if "\n" in message]
+    assert 20 < outcomes.count("read") < 180

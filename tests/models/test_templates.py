@@ -416,6 +416,36 @@ def test_text_parts_become_one_text():
     assert ChatTemplate(source).render([{"role": "user", "content": parts}]) == "a\nb"
 
 
+LOOPING = (
+    "{% for m in messages %}{{ m.role }}:"
+    "{% if m.role == 'user' and m.content is not string %}"
+    "{% for part in m.content %}[{{ part.text }}]{% endfor %}"
+    "{% elif m.role == 'user' %}[{{ m.content }}]{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def test_templates_that_read_parts_get_them_for_the_roles_they_read():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "system", "content": parts}, {"role": "user", "content": parts}]
+    assert ChatTemplate(LOOPING).render(messages) == "system:a\nbuser:[a][b]"
+
+
+def test_special_tokens_do_not_grow_from_parts(tmp_path):
+    path = save(KINDS["byte level"](), tmp_path, {"chat_template": LOOPING.replace("]", "")})
+    ours = Tokenizer.load(path)
+    parts = [{"type": "text", "text": text} for text in ("<|e", "nd|>", "<|end|>")]
+    token_ids = ours.encode_chat([{"role": "user", "content": parts}])
+    assert ours.special_ids.isdisjoint(token_ids)
+    assert ours.decode(token_ids) == "user:[<|e[nd|>[<|end|>"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_several_names(name):
+    source = "{{ messages[0].reasoning_content }} {{ messages[0].thinking }}"
+    message = {"role": "assistant", "content": "x", name: "hm"}
+    assert ChatTemplate(source).render([message]) == "hm hm"
+
+
 def test_a_templates_own_refusal_is_told():
     source = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(TemplateError, match="roles must alternate"):

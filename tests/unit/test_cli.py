@@ -143,6 +143,7 @@ def test_config_show_says_where_values_come_from(
         (["run", "--seed", "-1", "hi"], "seed is -1: expected a whole number"),
         (["run", "--logit-bias", "x", "hi"], "logit_bias is ('x',): expected token ids"),
         (["run", "--at-full-context", "x", "hi"], "expected stop or drop-oldest"),
+        (["run", "--tokenization", "x", "hi"], "expected merges or greedy or shortest"),
         (["run", "--stop", "", "hi"], "stop is '': expected non-empty strings"),
         (["run", "tinny"], "no model 'tinny': did you mean tiny? As a prompt it needs the model"),
         (["run", "Tiny"], "no model 'Tiny': did you mean tiny?"),

@@ -16,7 +16,7 @@ _LARGEST = 2**31 - 1
 
 def show(value: object) -> str:
     """A value as it may stand in a one-line message."""
-    text = repr(value)
+    text = repr(value).replace("\n", " ")  # arrays have lines
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -7,11 +7,9 @@ slices read. Operations that could explode are looked at before they run.
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime
 from functools import wraps
 from typing import Any
 
@@ -27,7 +25,15 @@ from vivace.models.sandbox_budget import (
     budget,
     check_integer,
     count_characters,
+    print_text,
     spending,
+)
+from vivace.models.template_functions import (
+    GenerationTag,
+    Namespace,
+    raise_exception,
+    strftime_now,
+    to_json,
 )
 
 __all__ = ["BudgetExceeded", "compile_template", "render"]
@@ -84,7 +90,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols, _GenerationTag],
+            extensions=[jinja2.ext.loopcontrols, GenerationTag],
         )
         self.filters = {
             name: _bounded_filter(name, function)
@@ -92,7 +98,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if name not in _REFUSED_FILTERS
         }
         self.filters |= {
-            "tojson": _bounded_filter("tojson", _to_json),
+            "tojson": _bounded_filter("tojson", to_json),
             "_turns": _turns,
             "_join": _join,
             "_emit": _emit,
@@ -105,9 +111,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals = {
             "range": jinja2.sandbox.safe_range,
             "dict": dict,
-            "namespace": _Namespace,
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
+            "namespace": Namespace,
+            "raise_exception": raise_exception,
+            "strftime_now": strftime_now,
         }
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
@@ -292,18 +298,13 @@ def _counted(items: Iterable[Any]) -> Iterator[Any]:
 
 @jinja2.pass_context
 def _join(context: Any, items: list[Any]) -> str:
-    return "".join(map(_text, items))
+    return "".join(map(print_text, items))
 
 
 @jinja2.pass_context
 def _emit(context: Any, value: Any) -> Any:
     budget().step()
-    return _text(value)
-
-
-def _text(value: Any) -> str:
-    budget().print(value)
-    return str(value)
+    return print_text(value)
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -396,64 +397,3 @@ def _length(value: Any) -> int:
 
 def _is_small(value: Any, bits: int) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= bits)
-
-
-# ---------------------------------------------------------------- what templates expect
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks an assistant's text for training; here only its body counts."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja's own declaration is an instance attribute)
-
-    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """A namespace without names that begin with an underscore."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        values = dict(*rest, **kwargs)
-        for name in values:
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or name.startswith("_"):
-        raise SecurityError(f"a namespace may not hold the name {name!r}")
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    if isinstance(indent, int) and indent > 32:
-        raise BudgetExceeded(f"it indents JSON by {indent}")
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: Any) -> None:
-    raise jinja2.TemplateError(_text(message))
-
-
-def _strftime_now(pattern: str) -> str:
-    if len(pattern) > 100 or re.search(r"\d{3}", pattern):
-        raise BudgetExceeded("it formats the time with a long pattern")
-    return datetime.now().strftime(pattern)

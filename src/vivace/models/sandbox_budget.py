@@ -9,11 +9,18 @@ from typing import Any
 
 import jinja2
 
-__all__ = ["BudgetExceeded", "budget", "check_integer", "count_characters", "spending"]
+__all__ = [
+    "BudgetExceeded",
+    "budget",
+    "check_integer",
+    "count_characters",
+    "print_text",
+    "spending",
+]
 
 MAX_STEPS = 1_000_000
 MAX_INTEGER_BITS = 256
-_MAX_WORK = 5_000_000  # for a conversation of no length
+_MAX_WORK = 2_000_000  # for a conversation of no length
 _NO_INPUT = 2**20
 # Characters of a string that are read in the time of one item of a list.
 _CHARACTERS_PER_ITEM = 16
@@ -144,6 +151,12 @@ def spending(num_characters: int = 0) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def print_text(value: Any) -> str:
+    """The text of a value, paid for."""
+    budget().print(value)
+    return str(value)
 
 
 def count_characters(value: Any) -> int:

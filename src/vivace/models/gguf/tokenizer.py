@@ -31,7 +31,7 @@ from vivace.models.tokenizer_files import MAX_TOKENIZER_BYTES, guarded
 __all__ = ["WHOLE_TOKENIZER", "tokenizer_from_metadata"]
 
 WHOLE_TOKENIZER = "tokenizer.huggingface.json"
-MAX_SCORED_CHARACTERS = 2**23  # in a vocabulary whose merges follow from its scores
+MAX_SCORED_CHARACTERS = 2**22  # in a vocabulary whose merges follow from its scores
 MAX_SCORED_LENGTH = 512  # characters of a token there
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
