@@ -1,6 +1,6 @@
 """How far our logits are from llama.cpp's on the same GGUF files, quantized by llama.cpp itself.
 
-    python -m benchmarks.agreement [--sequences 24]
+    python -m benchmarks.agreement [--sequences 32]
 
 `tiny` is written as F32, quantized by llama.cpp to each type, and run by both on held-out exercises
 and text. llama.cpp rounds activations to 8 bits where weights are quantized; so each file is also
@@ -44,7 +44,7 @@ FILE_TYPES = {  # llama_ftype: what llama.cpp's own quantize tool takes
     "IQ4_NL": 25,
     "BF16": 32,
 }
-EXERCISES = {"arithmetic": (0, 1, 2), "procedures": (0, 1), "recall": (2, 4), "copying": (0,)}
+EXERCISES = {"arithmetic": (1, 2, 3), "procedures": (1, 2), "recall": (2, 4), "copying": (1,)}
 LENGTH = 192
 
 
@@ -158,7 +158,7 @@ def compare(folder: Path, name: str, path: Path, tokens: Path, rows: dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sequences", type=int, default=24)
+    parser.add_argument("--sequences", type=int, default=32)
     arguments = parser.parse_args()
     if not PEERS.exists():
         sys.exit("needs llama.cpp: run 'make peers' first")

@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason="training needs the torch extra")
 from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
+from vivace.errors import InvalidOption  # noqa: E402
 from vivace.executors.torch_ import TorchModel, dense_causal_attend  # noqa: E402
 from vivace.models.loading import load_model  # noqa: E402
 from vivace.training import evaluate  # noqa: E402
@@ -47,6 +48,12 @@ def shipped():
 def test_exercises_are_a_function_of_seed_and_index(kind):
     assert _draws(kind) == _draws(kind)
     assert len({exercise.turns for exercise in _draws(kind)}) > 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_is_no_difficulty_below_one(kind):
+    with pytest.raises(InvalidOption, match="difficulty is 0"):
+        make_exercise(kind, 0, 0, 0, "train")
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"chat"}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+from vivace.errors import InvalidOption
 from vivace.training.corpus import Corpus, Split, read_corpus, split_of
 from vivace.training.exercises.arithmetic import arithmetic
 from vivace.training.exercises.base import WORDS, Exercise, Turn
@@ -42,7 +43,11 @@ def make_exercise(
 
     `num_tokens` is the size aimed at where filler or text sets it (recall, copying). Draws repeat
     until one falls in the split, which a hash of the questions decides: no question is in both.
+
+    Raises `InvalidOption` for a difficulty below 1.
     """
+    if difficulty < 1:
+        raise InvalidOption(f"difficulty is {difficulty}: expected a whole number from 1 on")
     corpus = read_corpus(split)
     for attempt in range(10_000):
         random = Random(f"{kind}/{difficulty}/{seed}/{index}/{num_tokens}/{split}/{attempt}")
