@@ -44,6 +44,17 @@ Activation find_activation(const std::string& name);
 Routing find_routing(const std::string& name);
 NormKind find_norm_kind(const std::string& name);
 
+// A `vivace.techniques.weight_formats.base.Packed` and the array whose memory it reads.
+struct PackedMatrix {
+  using Raw = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+  Format format;
+  int32_t rows, K;
+  Raw raw;
+};
+PackedMatrix bind_packed(nb::handle packed);
+// Whether it holds neither NaN nor infinity.
+bool is_finite(const Kernels& kernels, Pool& pool, const PackedMatrix& matrix);
+
 // Arrays of one step that must live as long as it runs.
 struct StepReferences {
   std::vector<In<int32_t>> int32;

@@ -1,6 +1,4 @@
 // What Python sees of the kernels and the machine: for tests, doctor and benchmarks.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -15,18 +13,12 @@
 #include <string>
 #include <vector>
 
-#include "isa.h"
-#include "linear.h"
-#include "pool.h"
-
-namespace nb = nanobind;
+#include "bindings.h"
 
 namespace vivace {
 
 namespace {
 
-using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 using Clock = std::chrono::steady_clock;
@@ -54,60 +46,69 @@ std::vector<std::string> isa_names() {
   return names;
 }
 
-// A linear group on its own: weights are bytes [rows * K * element], as a file would map them.
-class Linear {
+// A linear group on its own.
+class TestLinear {
  public:
-  Linear(const std::string& format, int32_t K, std::vector<Bytes> weights,
-         std::vector<nb::object> biases, const std::string& isa, int threads)
-      : kernels_(select_kernels(isa.c_str())),
-        pool_(threads),
-        format_(format_from_name(format.c_str())),
-        K_(K),
-        weights_(std::move(weights)) {
-    size_t row = static_cast<size_t>(K) * weight_bytes(format_);
-    if (K < 1 || biases.size() != weights_.size())
-      throw std::invalid_argument("expected K >= 1 and one bias, or None, per weight");
-    for (size_t i = 0; i < weights_.size(); ++i) {
-      if (weights_[i].size() % row != 0)
-        throw std::invalid_argument("weight " + std::to_string(i) + " has " +
-                                    std::to_string(weights_[i].size()) +
-                                    " bytes: expected a multiple of " + std::to_string(row));
-      auto rows = static_cast<int32_t>(weights_[i].size() / row);
+  // `parts`: (packed, bias or None)
+  TestLinear(const nb::list& parts, const std::string& isa, int threads)
+      : kernels_(select_kernels(isa.c_str())), pool_(threads) {
+    require(nb::len(parts) > 0, "expected at least one matrix");
+    for (nb::handle part : parts) {
+      matrices_.push_back(bind_packed(part[0]));
+      const PackedMatrix& matrix = matrices_.back();
       const float* bias = nullptr;
-      if (!biases[i].is_none()) {
-        biases_.push_back(nb::cast<Vector>(biases[i]));
-        if (biases_.back().size() != static_cast<size_t>(rows))
-          throw std::invalid_argument("a bias has another length than its weight has rows");
+      if (!nb::object(part[1]).is_none()) {
+        biases_.push_back(nb::cast<Vector>(part[1]));
+        require(biases_.back().size() == static_cast<size_t>(matrix.rows),
+                "a bias has another length than its weight has rows");
         bias = biases_.back().data();
       }
-      parts_.push_back({weights_[i].data(), bias, rows});
-      rows_ += rows;
+      require(matrix.K == matrices_[0].K, "the matrices read inputs of different lengths");
+      linear_.parts.push_back({matrix.format, matrix.raw.data(), bias, matrix.rows});
     }
+    linear_.in_features = matrices_[0].K;
+    share_input({&linear_});
   }
 
   // x [M, K] -> y [M, sum of rows]
   Output call(const Matrix& x) {
-    if (x.shape(1) != static_cast<size_t>(K_))
-      throw std::invalid_argument("x has " + std::to_string(x.shape(1)) + " columns: expected " +
-                                  std::to_string(K_));
-    const size_t M = x.shape(0);
-    auto* y = new float[std::max<size_t>(M * static_cast<size_t>(rows_), 1)];
+    const auto K = static_cast<size_t>(linear_.in_features);
+    require(x.shape(1) == K, "x has " + std::to_string(x.shape(1)) + " columns: expected " +
+                                 std::to_string(K));
+    const size_t M = x.shape(0), N = linear_.out_features();
+    auto* y = new float[std::max<size_t>(M * N, 1)];
     nb::capsule owner(y, [](void* p) noexcept { delete[] static_cast<float*>(p); });
     {
       nb::gil_scoped_release release;
-      run(x.data(), static_cast<int32_t>(M), y);
+      auto prepared = make_aligned<char>(M * linear_.input.bytes);
+      FloatEnvironment environment;
+      for (size_t m = 0; m < M; ++m)
+        prepare_row(kernels_, linear_, x.data() + m * K,
+                    prepared.get() + m * linear_.input.bytes);
+      multiply(pool_, prepared.get(), static_cast<int32_t>(M), y);
     }
-    return Output(y, {M, static_cast<size_t>(rows_)}, owner);
+    return Output(y, {M, N}, owner);
+  }
+
+  // Row `index` of the first matrix: [K]
+  Output row(int64_t index) {
+    const PackedMatrix& matrix = matrices_[0];
+    require(index >= 0 && index < matrix.rows, "there is no row " + std::to_string(index));
+    auto* y = new float[static_cast<size_t>(matrix.K)];
+    nb::capsule owner(y, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    FloatEnvironment environment;
+    read_row(kernels_, matrix.format, matrix.K, matrix.raw.data(), index, 1.0f, y);
+    return Output(y, {1, static_cast<size_t>(matrix.K)}, owner);
   }
 
   // Seconds of one pass of M rows over all of `linears`, one after the other, in the first's pool.
-  static std::vector<double> time(const std::vector<Linear*>& linears, int32_t M, int repeats) {
+  static std::vector<double> time(const std::vector<TestLinear*>& linears, int32_t M, int repeats) {
     if (linears.empty() || M < 1) throw std::invalid_argument("expected linears and num_rows >= 1");
     nb::gil_scoped_release release;
     size_t in = 0, out = 0;
-    for (const Linear* one : linears) {
-      in = std::max(in, input_bytes(one->format_, one->K_));
-      out = std::max(out, static_cast<size_t>(one->rows_));
+    for (const TestLinear* one : linears) {
+      in = std::max(in, one->linear_.input.bytes);
+      out = std::max(out, static_cast<size_t>(one->linear_.out_features()));
     }
     auto x = make_aligned<char>(static_cast<size_t>(M) * in);
     auto y = make_aligned<float>(static_cast<size_t>(M) * out);
@@ -115,35 +116,23 @@ class Linear {
     std::vector<double> seconds;
     for (int i = 0; i < repeats; ++i) {
       auto start = Clock::now();
-      for (const Linear* one : linears) one->multiply(linears[0]->pool_, x.get(), M, y.get());
+      for (const TestLinear* one : linears) one->multiply(linears[0]->pool_, x.get(), M, y.get());
       seconds.push_back(seconds_since(start));
     }
     return seconds;
   }
 
  private:
-  void run(const float* x, int32_t M, float* y) {
-    const size_t stride = input_bytes(format_, K_);
-    auto prepared = make_aligned<char>(static_cast<size_t>(M) * stride);
-    pool_.parallel(M, [&](int64_t m, int) {
-      prepare_input(kernels_, format_, K_, x + m * K_, prepared.get() + m * stride);
-    });
-    multiply(pool_, prepared.get(), M, y);
-  }
-
   void multiply(Pool& pool, const void* x, int32_t M, float* y) const {
-    LinearJob job = {parts_.data(), static_cast<int32_t>(parts_.size()), K_, x, M, y, rows_};
-    linear(kernels_, pool, format_, &job, 1);
+    LinearJob job = linear_.job(x, M, y, linear_.out_features());
+    linear(kernels_, pool, &job, 1);
   }
 
   const Kernels& kernels_;
   Pool pool_;
-  Format format_;
-  int32_t K_;
-  std::vector<Bytes> weights_;
+  Linear linear_;
+  std::vector<PackedMatrix> matrices_;
   std::vector<Vector> biases_;
-  std::vector<LinearPart> parts_;
-  int64_t rows_ = 0;
 };
 
 // Bytes per second of the best of several read loops over memory that no cache holds.
@@ -174,8 +163,8 @@ double read_bandwidth(double seconds, int threads) {
 
 // Operations per second of loops that touch registers only; a multiply-add counts as two.
 double peak_flops(const std::string& kind, double seconds, int threads) {
-  if (kind != "float32" && kind != "bfloat16")
-    throw std::invalid_argument("kind is '" + kind + "': expected float32 or bfloat16");
+  if (kind != "float32" && kind != "bfloat16" && kind != "int8")
+    throw std::invalid_argument("kind is '" + kind + "': expected float32, bfloat16 or int8");
   const Kernels& kernels = select_kernels();
   Pool pool(threads);
   nb::gil_scoped_release release;
@@ -184,7 +173,8 @@ double peak_flops(const std::string& kind, double seconds, int threads) {
     std::vector<double> operations(static_cast<size_t>(pool.threads()) * 8);
     auto start = Clock::now();
     pool.parallel(static_cast<int64_t>(operations.size()), [&](int64_t item, int) {
-      operations[static_cast<size_t>(item)] = kernels.linear->peak(kind == "bfloat16", 100'000);
+      operations[static_cast<size_t>(item)] = kind == "int8" ? kernels.integer->peak(20'000)
+                                        : kernels.linear->peak(kind == "bfloat16", 100'000);
     });
     double total = 0;
     for (double count : operations) total += count;
@@ -205,6 +195,42 @@ std::vector<int64_t> pool_counts(int threads, int64_t items, int jobs) {
 
 }  // namespace
 
+PackedMatrix bind_packed(nb::handle packed) {
+  PackedMatrix matrix;
+  const auto kernel = nb::cast<std::string>(packed.attr("kernel"));
+  const nb::object shape = packed.attr("shape");
+  matrix.rows = nb::cast<int32_t>(shape[0]);
+  matrix.K = nb::cast<int32_t>(shape[1]);
+  matrix.raw = nb::cast<PackedMatrix::Raw>(packed.attr("raw"), false);
+  size_t bytes = 0;
+  try {
+    matrix.format = format_from_name(kernel);
+    bytes = matrix_bytes(matrix.format, matrix.rows, matrix.K);
+  } catch (const std::invalid_argument& error) {
+    throw NativeError(error.what());
+  }
+  require(matrix.rows > 0 && matrix.K > 0 && matrix.raw.size() == bytes,
+          "a matrix [" + std::to_string(matrix.rows) + ", " + std::to_string(matrix.K) + "] as " +
+              kernel + " has " + std::to_string(matrix.raw.size()) + " bytes: expected " +
+              std::to_string(bytes));
+  return matrix;
+}
+
+bool is_finite(const Kernels& kernels, Pool& pool, const PackedMatrix& matrix) {
+  const Format& format = matrix.format;
+  const int64_t unit = unit_outputs(format), num_units = (matrix.rows + unit - 1) / unit;
+  const size_t bytes = unit_bytes(format, matrix.K);
+  const int64_t per_item = std::max<int64_t>(1, (512 << 10) / static_cast<int64_t>(bytes));
+  std::atomic<bool> finite = true;
+  pool.for_rows(num_units, per_item, [&](int64_t index, int) {
+    const uint8_t* at = matrix.raw.data() + static_cast<size_t>(index) * bytes;
+    if (is_float(format) ? !kernels.ops->is_finite(format.storage, at, matrix.K)
+                         : !has_finite_scales(format, matrix.K, at))
+      finite = false;
+  });
+  return finite;
+}
+
 void bind_linear(nb::module_& m) {
   m.def("isa_names", &isa_names, "Instruction sets that this machine can run, the best last.");
   m.def(
@@ -216,16 +242,15 @@ void bind_linear(nb::module_& m) {
         "Bytes per second of the best of several read loops over 256 MiB.");
   m.def("peak_flops", &peak_flops, nb::arg("kind"), nb::arg("seconds") = 0.5,
         nb::arg("threads") = 0,
-        "Operations per second of a register-only loop: kind float32 or bfloat16.");
+        "Operations per second of a register-only loop: kind float32, bfloat16 or int8.");
   m.def("pool_counts", &pool_counts, nb::arg("threads"), nb::arg("items"), nb::arg("jobs"),
         "How often each item of a pool's jobs ran: [items], for tests.");
-  nb::class_<Linear>(m, "Linear", "One linear group on its own, for tests and benchmarks.")
-      .def(nb::init<const std::string&, int32_t, std::vector<Bytes>, std::vector<nb::object>,
-                    const std::string&, int>(),
-           nb::arg("format"), nb::arg("in_features"), nb::arg("weights"), nb::arg("biases"),
+  nb::class_<TestLinear>(m, "Linear", "One linear group on its own, for tests and benchmarks.")
+      .def(nb::init<const nb::list&, const std::string&, int>(), nb::arg("parts"),
            nb::arg("isa") = "", nb::arg("threads") = 1)
-      .def("__call__", &Linear::call, nb::arg("x"), "x [M, K] float32 -> [M, N] float32.");
-  m.def("time_linears", &Linear::time, nb::arg("linears"), nb::arg("num_rows"), nb::arg("repeats"),
+      .def("__call__", &TestLinear::call, nb::arg("x"), "x [M, K] float32 -> [M, N] float32.")
+      .def("row", &TestLinear::row, nb::arg("index"), "A row of the first matrix: [1, K] float32.");
+  m.def("time_linears", &TestLinear::time, nb::arg("linears"), nb::arg("num_rows"), nb::arg("repeats"),
         "Seconds of each of `repeats` passes of num_rows rows over all linears.");
 }
 

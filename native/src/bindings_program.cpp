@@ -16,15 +16,7 @@ namespace vivace {
 
 namespace {
 
-using Weights = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
-
-Format find_format(const std::string& name) {
-  try {
-    return format_from_name(name.c_str());
-  } catch (const std::invalid_argument& error) {
-    throw NativeError(error.what());
-  }
-}
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 template <class T>
 T attribute(nb::handle object, const char* name) {
@@ -42,30 +34,18 @@ std::string text(nb::handle value) {
 // A program and the Python objects whose memory it reads.
 class BoundProgram {
  public:
-  BoundProgram(int hidden_size, int vocab_size, const std::string& weight_kernel,
-               const std::string& kv_kernel, std::optional<int> threads,
-               std::optional<std::string> isa)
+  BoundProgram(int hidden_size, int vocab_size, const std::string& kv_kernel,
+               std::optional<int> threads, std::optional<std::string> isa)
       : program_(find_kernels(isa), shared_pool(threads), hidden_size, vocab_size,
-                 find_format(weight_kernel), find_kv_type(kv_kernel)) {}
+                 find_kv_type(kv_kernel)) {}
 
   std::string isa() const { return program_.kernels().name; }
   int num_threads() { return program_.pool().threads(); }
 
-  bool is_finite(const Weights& weights) {
-    check_element(weights);
-    constexpr int64_t kItem = 1 << 18;
-    const int64_t size = static_cast<int64_t>(weights.size());
-    const char* data = static_cast<const char*>(weights.data());
-    const size_t element = weight_bytes(program_.format());
-    std::atomic<bool> finite = true;
+  bool is_finite(nb::handle packed) {
+    const PackedMatrix matrix = bind_packed(packed);
     nb::gil_scoped_release release;
-    program_.pool().parallel((size + kItem - 1) / kItem, [&](int64_t item, int) {
-      const int64_t first = item * kItem;
-      if (!program_.kernels().ops->is_finite(program_.format(), data + first * element,
-                                             std::min(kItem, size - first)))
-        finite = false;
-    });
-    return finite;
+    return vivace::is_finite(program_.kernels(), program_.pool(), matrix);
   }
 
   void set_rope(size_t index, Matrix cos, Matrix sin, bool is_interleaved) {
@@ -81,18 +61,20 @@ class BoundProgram {
     program_.add_group({num_layers, num_kv_heads, head_dim});
   }
 
-  void set_embedding(const Weights& weight, float scale, std::optional<Weights> positions) {
-    check_matrix(weight, program_.hidden_size());
-    require(static_cast<int>(weight.shape(0)) == program_.vocab_size(),
-            "the embedding has " + std::to_string(weight.shape(0)) + " rows, expected " +
-                std::to_string(program_.vocab_size()));
+  void set_embedding(nb::handle weight, float scale, nb::handle positions) {
     Embedding embedding;
-    embedding.weight = keep(weight);
+    const PackedMatrix& tokens = bind_matrix(weight, program_.hidden_size());
+    require(tokens.rows == program_.vocab_size(),
+            "the embedding has " + std::to_string(tokens.rows) + " rows, expected " +
+                std::to_string(program_.vocab_size()));
+    embedding.format = tokens.format;
+    embedding.weight = tokens.raw.data();
     embedding.scale = scale;
-    if (positions) {
-      check_matrix(*positions, program_.hidden_size());
-      embedding.positions = keep(*positions);
-      embedding.num_positions = static_cast<int64_t>(positions->shape(0));
+    if (!positions.is_none()) {
+      const PackedMatrix& learned = bind_matrix(positions, program_.hidden_size());
+      embedding.positions_format = learned.format;
+      embedding.positions = learned.raw.data();
+      embedding.num_positions = learned.rows;
     }
     program_.set_embedding(embedding);
   }
@@ -311,42 +293,30 @@ class BoundProgram {
     }
   }
 
-  void check_element(const Weights& weights) const {
-    const nb::dlpack::dtype element =
-        weight_bytes(program_.format()) == 4 ? nb::dtype<float>() : nb::dtype<uint16_t>();
-    require(weights.dtype() == element, "weights are not stored as this format stores them");
-  }
-
-  void check_matrix(const Weights& weights, int in_features) const {
-    check_element(weights);
-    require(weights.ndim() == 2 && static_cast<int>(weights.shape(1)) == in_features,
-            "a weight has the wrong shape");
-  }
-
-  const void* keep(const Weights& array) {
-    kept_.push_back(array);
-    return array.data();
+  const PackedMatrix& bind_matrix(nb::handle packed, int in_features) {
+    matrices_.push_back(std::make_unique<PackedMatrix>(bind_packed(packed)));
+    require(matrices_.back()->K == in_features, "a weight has the wrong shape");
+    return *matrices_.back();
   }
 
   const float* bind_vector(nb::handle value, int size, const char* name) {
-    const auto vector = nb::cast<Weights>(value);
-    require(vector.dtype() == nb::dtype<float>() && vector.ndim() == 1 &&
-                static_cast<int>(vector.size()) == size,
+    const auto vector = nb::cast<Floats>(value);
+    require(static_cast<int>(vector.size()) == size,
             std::string(name) + " needs " + std::to_string(size) + " float32 values");
-    return static_cast<const float*>(keep(vector));
+    vectors_.push_back(vector);
+    return vector.data();
   }
 
-  // `arrays` is a list of (weight, bias or None).
+  // `arrays` is a list of (packed, bias or None).
   Linear bind(nb::handle spec, nb::handle arrays) {
     Linear linear;
     linear.in_features = attribute<int>(spec, "in_features");
     for (nb::handle part : nb::cast<nb::list>(arrays)) {
-      const auto weight = nb::cast<Weights>(part[0]);
-      check_matrix(weight, linear.in_features);
-      const int rows = static_cast<int>(weight.shape(0));
+      const PackedMatrix& matrix = bind_matrix(part[0], linear.in_features);
       const nb::object bias = part[1];
-      linear.parts.push_back(
-          {keep(weight), bias.is_none() ? nullptr : bind_vector(bias, rows, "a bias"), rows});
+      linear.parts.push_back({matrix.format, matrix.raw.data(),
+                              bias.is_none() ? nullptr : bind_vector(bias, matrix.rows, "a bias"),
+                              matrix.rows});
     }
     require(!linear.parts.empty(), "a linear needs at least one part");
     return linear;
@@ -357,7 +327,7 @@ class BoundProgram {
     if (spec.is_none()) return {};
     Norm norm;
     norm.kind = find_norm_kind(text(spec.attr("kind")));
-    const auto weight = nb::cast<Weights>(arrays[0]);
+    const auto weight = nb::cast<Floats>(arrays[0]);
     norm.size = static_cast<int>(weight.size());
     norm.weight = bind_vector(arrays[0], norm.size, "a norm");
     const nb::object bias = arrays[1];
@@ -381,7 +351,8 @@ class BoundProgram {
 
   Program program_;
   std::map<int64_t, nb::object> sites_;  // these may hold the program in turn: see `traverse`
-  std::vector<Weights> kept_;
+  std::vector<std::unique_ptr<PackedMatrix>> matrices_;
+  std::vector<Floats> vectors_;
   std::vector<std::pair<Matrix, Matrix>> ropes_;
   std::exception_ptr site_error_;
 };
@@ -394,18 +365,17 @@ void bind_program(nb::module_& m) {
                                 {Py_tp_clear, reinterpret_cast<void*>(&P::clear)},
                                 {0, nullptr}};
   nb::class_<P>(m, "Program", nb::type_slots(slots))
-      .def(nb::init<int, int, const std::string&, const std::string&, std::optional<int>,
-                    std::optional<std::string>>(),
-           nb::arg("hidden_size"), nb::arg("vocab_size"), nb::arg("weight_kernel"),
-           nb::arg("kv_kernel"), nb::arg("threads").none(), nb::arg("isa").none())
+      .def(nb::init<int, int, const std::string&, std::optional<int>, std::optional<std::string>>(),
+           nb::arg("hidden_size"), nb::arg("vocab_size"), nb::arg("kv_kernel"),
+           nb::arg("threads").none(), nb::arg("isa").none())
       .def_prop_ro("isa", &P::isa)
       .def_prop_ro("num_threads", &P::num_threads)
-      .def("is_finite", &P::is_finite, nb::arg("weights").noconvert())
+      .def("is_finite", &P::is_finite, nb::arg("packed"))
       .def("set_rope", &P::set_rope, nb::arg("index"), nb::arg("cos"), nb::arg("sin"),
            nb::arg("is_interleaved"))
       .def("add_group", &P::add_group, nb::arg("num_layers"), nb::arg("num_kv_heads"),
            nb::arg("head_dim"))
-      .def("set_embedding", &P::set_embedding, nb::arg("weight").noconvert(), nb::arg("scale"),
+      .def("set_embedding", &P::set_embedding, nb::arg("weight"), nb::arg("scale"),
            nb::arg("positions").none())
       .def("set_head", &P::set_head, nb::arg("spec"), nb::arg("linear"), nb::arg("norm").none())
       .def("add_attention", &P::add_attention, nb::arg("spec"), nb::arg("qkv"), nb::arg("out"),

@@ -10,10 +10,23 @@
 
 namespace vivace {
 
+// How rows are prepared for linears that read the same input: once for each kind of input.
+struct PreparedRows {
+  std::vector<InputFormat> kinds;
+  std::vector<size_t> offsets;  // of each kind in a row
+  // From one row to the next: a multiple of 64, and an odd one, so that the same column of many
+  // rows does not fall into one cache set.
+  size_t bytes = 0;
+
+  // Where a kind lies; it is added if it is new.
+  size_t place(const InputFormat& kind, int32_t K);
+};
+
 // A group of matrices that read the same input.
 struct Linear {
   std::vector<LinearPart> parts;
   int32_t in_features = 0;
+  PreparedRows input;  // set by share_input()
 
   int32_t out_features() const {
     int32_t rows = 0;
@@ -25,11 +38,18 @@ struct Linear {
             static_cast<int32_t>(parts.size()),
             in_features,
             x,
+            input.bytes,
             static_cast<int32_t>(num_rows),
             y,
             stride};
   }
 };
+
+// Lets linears read the same prepared rows.
+void share_input(const std::vector<Linear*>& linears);
+
+// Prepares a row of a linear's input: float32 [in_features] -> input.bytes at `out`.
+void prepare_row(const Kernels& kernels, const Linear& linear, const float* row, char* out);
 
 struct Rope {
   const float* cos = nullptr;  // [num_positions, half]
@@ -79,9 +99,14 @@ struct Block {
   bool has_shared_gate = false;  // the router's last output
 
   int num_routed() const { return static_cast<int>(experts.size()) - has_shared; }
+  // What the block's input is prepared for.
+  const Linear& first() const {
+    return kind == BlockKind::mlp ? experts[0].gate_up : kind == BlockKind::linear ? out : in;
+  }
 };
 
 struct Embedding {
+  Format format, positions_format;
   const void* weight = nullptr;     // [vocab, hidden]
   const void* positions = nullptr;  // [num_positions, hidden] or null
   int64_t num_positions = 0;

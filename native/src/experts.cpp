@@ -82,7 +82,7 @@ bool Experts::run(ExpertsCall call) {
     activate(call);
     multiply(call, &Expert::down);
     combine(call);
-    call.input += call.num_rows * input_bytes(call.format, hidden);
+    call.input += call.num_rows * call.block.in.input.bytes;
     call.out += call.num_rows * hidden;
   }
   return true;
@@ -90,10 +90,10 @@ bool Experts::run(ExpertsCall call) {
 
 void Experts::reserve(const ExpertsCall& call) {
   const Block& block = call.block;
-  input_width_ = input_bytes(call.format, block.in.in_features);
+  input_width_ = block.in.input.bytes;
   value_width_ = block.in.in_features;
   for (const Expert& expert : block.experts) {
-    input_width_ = std::max(input_width_, input_bytes(call.format, expert.down.in_features));
+    input_width_ = std::max(input_width_, expert.down.input.bytes);
     value_width_ = std::max<int64_t>(value_width_, expert.gate_up.out_features());
   }
   const size_t rows = call.num_rows, visits = rows * num_visits_;
@@ -113,13 +113,13 @@ bool Experts::route(const ExpertsCall& call) {
   const OpKernels& ops = *call.kernels.ops;
   const int size = block.num_routed(), width = block.in.out_features();
   LinearJob job = block.in.job(call.input, call.num_rows, logits_.data(), width);
-  linear(call.kernels, call.pool, call.format, &job, 1);
+  linear(call.kernels, call.pool, &job, 1);
   std::atomic<bool> finite = true;
   call.pool.for_rows(call.num_rows, kRouteRows, [&](int64_t row, int thread) {
     float* logits = logits_.data() + row * width;
     int32_t* experts = experts_.data() + row * num_visits_;
     float* weights = weights_.data() + row * num_visits_;
-    if (!ops.is_finite(Format::float32, logits, width)) {
+    if (!ops.is_finite(Storage::float32, logits, width)) {
       finite = false;
       return;
     }
@@ -149,7 +149,7 @@ char* Experts::input_of(int32_t expert, int64_t place, size_t row_bytes) const {
 }
 
 void Experts::gather(const ExpertsCall& call) {
-  const size_t row_bytes = input_bytes(call.format, call.block.in.in_features);
+  const size_t row_bytes = call.block.in.input.bytes;
   call.pool.for_rows(call.num_rows, kGatherRows, [&](int64_t row, int) {
     for (int64_t i = row * num_visits_; i < (row + 1) * num_visits_; ++i)
       std::memcpy(input_of(experts_.data()[i], places_.data()[i], row_bytes),
@@ -167,8 +167,7 @@ void Experts::multiply(const ExpertsCall& call, Linear Expert::* linear) {
                           .job(inputs_.data() + start * input_width_, count,
                                values_.data() + start * value_width_, value_width_));
   }
-  vivace::linear(call.kernels, call.pool, call.format, jobs_.data(),
-                 static_cast<int64_t>(jobs_.size()));
+  vivace::linear(call.kernels, call.pool, jobs_.data(), static_cast<int64_t>(jobs_.size()));
 }
 
 void Experts::activate(const ExpertsCall& call) {
@@ -180,8 +179,8 @@ void Experts::activate(const ExpertsCall& call) {
     float* gate = values_.data() + places_.data()[i] * value_width_;
     call.kernels.ops->activate(block.activation, gate, expert.is_gated() ? gate + inner : nullptr,
                                gate, inner);
-    prepare_input(call.kernels, call.format, inner, gate,
-                  input_of(index, places_.data()[i], input_bytes(call.format, inner)));
+    prepare_row(call.kernels, expert.down, gate,
+                input_of(index, places_.data()[i], expert.down.input.bytes));
   });
 }
 

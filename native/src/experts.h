@@ -15,7 +15,6 @@ namespace vivace {
 struct ExpertsCall {
   const Kernels& kernels;
   Pool& pool;
-  Format format;
   const Block& block;
   const char* input;  // prepared rows
   int64_t num_rows;

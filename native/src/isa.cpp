@@ -15,18 +15,20 @@ namespace vivace {
 #define VIVACE_TABLES(isa)                         \
   namespace isa {                                  \
   extern const LinearKernels linear_kernels;       \
+  extern const IntegerKernels integer_kernels;     \
   extern const OpKernels op_kernels;               \
   extern const AttentionKernels attention_kernels; \
   extern const BlockKernels block_kernels;         \
   }
 #define VIVACE_ROW(isa)                                                                       \
-  {Isa::isa,           #isa, &isa::linear_kernels, &isa::op_kernels, &isa::attention_kernels, \
-   &isa::block_kernels}
+  {Isa::isa,         #isa, &isa::linear_kernels, &isa::integer_kernels,                       \
+   &isa::op_kernels, &isa::attention_kernels, &isa::block_kernels}
 
 VIVACE_TABLES(generic)
 #if defined(__x86_64__)
 VIVACE_TABLES(avx2)
 VIVACE_TABLES(avx512)
+VIVACE_TABLES(avx512vnni)
 VIVACE_TABLES(avx512bf16)
 #endif
 
@@ -37,11 +39,12 @@ const Kernels kTables[] = {
 #if defined(__x86_64__)
     VIVACE_ROW(avx2),
     VIVACE_ROW(avx512),
+    VIVACE_ROW(avx512vnni),
     VIVACE_ROW(avx512bf16),
 #endif
 };
 constexpr int kNumTables = sizeof(kTables) / sizeof(kTables[0]);
-const char* const kNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512bf16"};
+const char* const kNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512vnni", "avx512bf16"};
 
 #if defined(__x86_64__)
 // The best instruction set that the CPU has and whose registers the system saves.
@@ -57,12 +60,14 @@ Isa best_of_cpu() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Isa::generic;
   constexpr unsigned kBmi1 = 1u << 3, kAvx2 = 1u << 5, kBmi2 = 1u << 8;  // x86-64-v3
   if ((b & (kBmi1 | kAvx2 | kBmi2)) != (kBmi1 | kAvx2 | kBmi2)) return Isa::generic;
-  unsigned subleafs = a;
+  const unsigned subleafs = a;
+  const bool has_vnni = c >> 11 & 1u;
   constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kCd = 1u << 28, kBw = 1u << 30, kVl = 1u << 31;
   constexpr unsigned kAll = kF | kDq | kCd | kBw | kVl;              // x86-64-v4
   if ((b & kAll) != kAll || (low & 0xe0) != 0xe0) return Isa::avx2;  // masks and zmm
-  if (subleafs < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return Isa::avx512;
-  return a >> 5 & 1u ? Isa::avx512bf16 : Isa::avx512;
+  if (!has_vnni) return Isa::avx512;
+  if (subleafs < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return Isa::avx512vnni;
+  return a >> 5 & 1u ? Isa::avx512bf16 : Isa::avx512vnni;
 }
 #else
 Isa best_of_cpu() {

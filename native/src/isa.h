@@ -3,10 +3,11 @@
 
 namespace vivace {
 
-enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
-inline constexpr int kNumIsas = 4;
+enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, avx512vnni = 3, avx512bf16 = 4 };
+inline constexpr int kNumIsas = 5;
 
 struct LinearKernels;
+struct IntegerKernels;
 struct OpKernels;
 struct AttentionKernels;
 struct BlockKernels;
@@ -17,6 +18,7 @@ struct Kernels {
   Isa isa;
   const char* name;
   const LinearKernels* linear;
+  const IntegerKernels* integer;
   const OpKernels* ops;
   const AttentionKernels* attention;
   const BlockKernels* blocks;
@@ -27,8 +29,8 @@ const char* isa_name(Isa isa);
 // True if the object exists in this build and the CPU and the operating system support it.
 bool isa_available(Isa isa);
 
-// Kernels by name ("generic", "avx2", "avx512", "avx512bf16"); null or empty: the environment
-// variable VIVACE_ISA, or the best available. Throws std::invalid_argument with one clear sentence.
+// Kernels by name ("generic", "avx2", "avx512", "avx512vnni", "avx512bf16"); null or empty: the
+// environment variable VIVACE_ISA, or the best available. Throws std::invalid_argument with one clear sentence.
 const Kernels& select_kernels(const char* name = nullptr);
 
 }  // namespace vivace

@@ -6,8 +6,6 @@
 #include "linear.h"
 #include "simd.h"
 
-#define VIVACE_UNROLL _Pragma("GCC unroll 32")
-
 namespace vivace::VIVACE_ISA {
 namespace {
 
@@ -164,33 +162,32 @@ void multiply_tiles(int K, const typename F::Weight* w, const float* bias, int r
 }
 
 template <class F>
-void multiply_as(int K, const void* weight, const float* bias, int rows, const void* x,
-                 size_t x_stride, int M, float* y, int64_t ldy, const void* next) {
-  const auto* w = static_cast<const typename F::Weight*>(weight);
-  const char* input = static_cast<const char*>(x);
+void multiply_as(const LinearItem& item) {
+  const auto* w = static_cast<const typename F::Weight*>(item.weight);
+  const char* x = static_cast<const char*>(item.x);
+  const int K = item.K, M = item.M, rows = item.rows;
   const int width = M <= kWideRows ? kWideOutputs : kOutputs, whole = rows / width * width;
   if (M <= kWideRows)
-    multiply_tiles<F, kWideOutputs>(K, w, bias, whole, input, x_stride, M, y, ldy, next);
+    multiply_tiles<F, kWideOutputs>(K, w, item.bias, whole, x, item.x_stride, M, item.y, item.ldy,
+                                    item.next);
   else
-    multiply_tiles<F, kOutputs>(K, w, bias, whole, input, x_stride, M, y, ldy, next);
+    multiply_tiles<F, kOutputs>(K, w, item.bias, whole, x, item.x_stride, M, item.y, item.ldy,
+                                item.next);
   if (whole < rows)
     multiply_tiles<F, 1>(K, w + static_cast<size_t>(whole) * K,
-                         bias == nullptr ? nullptr : bias + whole, rows - whole, input, x_stride, M,
-                         y + whole, ldy, nullptr);
+                         item.bias == nullptr ? nullptr : item.bias + whole, rows - whole, x,
+                         item.x_stride, M, item.y + whole, item.ldy, nullptr);
 }
 
-void multiply(Format format, int32_t K, const void* weight, const float* bias, int32_t rows,
-              const void* x, size_t x_stride, int32_t M, float* y, int64_t ldy, const void* next) {
-  switch (format) {
-    case Format::float32:
-      return multiply_as<Float32>(K, weight, bias, rows, x, x_stride, M, y, ldy, next);
-    case Format::bfloat16:
-      return multiply_as<Bfloat16>(K, weight, bias, rows, x, x_stride, M, y, ldy, next);
-    case Format::bfloat16_float32:
-      return multiply_as<WideBfloat16>(K, weight, bias, rows, x, x_stride, M, y, ldy, next);
-    case Format::float16:
-    case Format::float16_float32:
-      return multiply_as<WideFloat16>(K, weight, bias, rows, x, x_stride, M, y, ldy, next);
+void multiply(const Format& format, const LinearItem& item) {
+  switch (format.storage) {
+    case Storage::float32:
+      return multiply_as<Float32>(item);
+    case Storage::bfloat16:
+      return format.input.type == InputType::bfloat16 ? multiply_as<Bfloat16>(item)
+                                                      : multiply_as<WideBfloat16>(item);
+    default:
+      return multiply_as<WideFloat16>(item);
   }
 }
 
@@ -200,9 +197,9 @@ F32x16 round_to_f16(F32x16 x) {
   return load_f16(half);
 }
 
-void prepare(Format format, int32_t K, const float* row, void* out) {
+void prepare(InputType type, int32_t K, const float* row, void* out) {
   int32_t k = 0;
-  if (format == Format::bfloat16) {
+  if (type == InputType::bfloat16) {
     auto* to = static_cast<uint16_t*>(out);
     for (; k + 16 <= K; k += 16) store_bf16(to + k, load(row + k));
     if (k < K) store_bf16(to + k, load_first(row + k, K - k)), k += 16;
@@ -210,7 +207,7 @@ void prepare(Format format, int32_t K, const float* row, void* out) {
     return;
   }
   auto* to = static_cast<float*>(out);
-  const bool rounds = format == Format::float16;
+  const bool rounds = type == InputType::float16;
   for (; k < K; k += 16) {
     F32x16 x = K - k < 16 ? load_first(row + k, K - k) : load(row + k);
     store(to + k, rounds ? round_to_f16(x) : x);

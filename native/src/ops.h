@@ -25,8 +25,8 @@ struct OpKernels {
   void (*norm)(const Norm& norm, const float* x, float* y);
   // h += scale * x
   void (*add)(float* h, const float* x, float scale, int64_t size);
-  // y = scale * elements of a stored matrix
-  void (*widen)(Format format, const void* elements, float scale, float* y, int64_t size);
+  // y = scale * elements of a float format
+  void (*widen)(Storage storage, const void* elements, float scale, float* y, int64_t size);
   // Rotates pairs of a head in place: cos and sin [half].
   void (*rotate)(float* head, const float* cos, const float* sin, int half, bool is_interleaved);
   // y = act(gate) * up, or act(gate) where up is null
@@ -34,7 +34,7 @@ struct OpKernels {
                    int64_t size);
   // x = scale * soft_cap * tanh(x / soft_cap); soft_cap 0: x = scale * x
   void (*soft_cap)(float* x, float soft_cap, float scale, int64_t size);
-  bool (*is_finite)(Format format, const void* elements, int64_t size);
+  bool (*is_finite)(Storage storage, const void* elements, int64_t size);
   // The largest value; NaN if any value is NaN.
   float (*maximum)(const float* x, int64_t size);
   // y = exp((x - maximum) * scale), with the sum of each 64 in `sums` [ceil(size / 64)]; y may be

@@ -67,23 +67,22 @@ void add_row(float* h, const float* x, float scale, int64_t size) {
   });
 }
 
-VIVACE_INLINE F32x16 load_format(Format format, const void* elements, int64_t i, int count) {
+VIVACE_INLINE F32x16 load_storage(Storage storage, const void* elements, int64_t i, int count) {
   const uint16_t* half = static_cast<const uint16_t*>(elements) + i;
-  switch (format) {
-    case Format::float32:
+  switch (storage) {
+    case Storage::float32:
       return load_some(static_cast<const float*>(elements) + i, count);
-    case Format::bfloat16:
-    case Format::bfloat16_float32:
+    case Storage::bfloat16:
       return count == 16 ? load_bf16(half) : load_bf16_first(half, count);
     default:
       return count == 16 ? load_f16(half) : load_f16_first(half, count);
   }
 }
 
-void widen_row(Format format, const void* elements, float scale, float* y, int64_t size) {
+void widen_row(Storage storage, const void* elements, float scale, float* y, int64_t size) {
   const F32x16 factor = set1(scale);
   for_vectors(size, [&](int64_t i, int count) {
-    store_some(y + i, mul(load_format(format, elements, i, count), factor), count);
+    store_some(y + i, mul(load_storage(storage, elements, i, count), factor), count);
   });
 }
 
@@ -138,15 +137,15 @@ void soft_cap_row(float* x, float soft_cap, float scale, int64_t size) {
   });
 }
 
-bool all_finite(Format format, const void* elements, int64_t size) {
+bool all_finite(Storage storage, const void* elements, int64_t size) {
   const F32x16 nothing = zero();
   F32x16 sum[4] = {nothing, nothing, nothing, nothing};  // infinity * 0 and NaN * 0 are NaN
   int64_t i = 0;
   for (; i + 64 <= size; i += 64)
     for (int c = 0; c < 4; ++c)
-      sum[c] = fma(load_format(format, elements, i + 16 * c, 16), nothing, sum[c]);
+      sum[c] = fma(load_storage(storage, elements, i + 16 * c, 16), nothing, sum[c]);
   for (; i < size; i += 16)
-    sum[0] = fma(load_format(format, elements, i, static_cast<int>(size - i < 16 ? size - i : 16)),
+    sum[0] = fma(load_storage(storage, elements, i, static_cast<int>(size - i < 16 ? size - i : 16)),
                  nothing, sum[0]);
   return reduce_add(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) == 0.0f;
 }

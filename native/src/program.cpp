@@ -23,6 +23,16 @@ constexpr int64_t kMlpRows = 512;  // rows whose gates are held at a time
                     "damaged, or a technique broke them");
 }
 
+// Decides how the inputs of a block's linears are prepared; those that read the same share it.
+void share_inputs(Block& block) {
+  if (!block.out.parts.empty()) share_input({&block.out});
+  for (Expert& expert : block.experts) share_input({&expert.down});
+  std::vector<Linear*> first;
+  if (!block.in.parts.empty()) first.push_back(&block.in);
+  for (Expert& expert : block.experts) first.push_back(&expert.gate_up);
+  share_input(first);
+}
+
 class Flag {
  public:
   explicit Flag(std::atomic<bool>& flag) : flag_(flag) {
@@ -38,15 +48,13 @@ class Flag {
 }  // namespace
 
 Program::Program(const Kernels& kernels, std::shared_ptr<Pool> pool, int hidden_size,
-                 int vocab_size, Format format, KVType kv_type)
+                 int vocab_size, KVType kv_type)
     : kernels_(kernels),
       pool_(std::move(pool)),
       hidden_size_(hidden_size),
       vocab_size_(vocab_size),
-      format_(format),
       kv_type_(kv_type),
-      scratch_width_(hidden_size),
-      input_width_(input_bytes(format, hidden_size)) {}
+      scratch_width_(hidden_size) {}
 
 void Program::set_rope(size_t index, const Rope& rope) {
   Flag busy(is_running_);
@@ -55,9 +63,9 @@ void Program::set_rope(size_t index, const Rope& rope) {
   ropes_[index] = rope;
 }
 
-// Makes room for the inputs of a linear that does not read hidden states.
+// Makes room for the inputs of a linear.
 void Program::measure(const Linear& linear) {
-  input_width_ = std::max(input_width_, input_bytes(format_, linear.in_features));
+  input_width_ = std::max(input_width_, linear.input.bytes);
   scratch_width_ = std::max<size_t>(scratch_width_, linear.in_features);
 }
 
@@ -66,11 +74,15 @@ void Program::set_head(Head head) {
   if (head.linear.out_features() != vocab_size_)
     throw NativeError("the head gives " + std::to_string(head.linear.out_features()) +
                       " logits, expected " + std::to_string(vocab_size_));
+  share_input({&head.linear});
+  measure(head.linear);
   head_ = std::move(head);
 }
 
 void Program::add_block(Block block) {
   check_block(block, {hidden_size_, vocab_size_, ropes_, groups_});
+  share_inputs(block);
+  measure(block.first());
   measure(block.out);
   if (block.kind == BlockKind::mlp) measure(block.experts[0].down);
   max_heads_ = std::max<size_t>(max_heads_, block.num_heads);
@@ -232,19 +244,20 @@ void Program::reserve(const StepArrays& step) {
   scratch_.reserve(pool_->threads() * scratch_width_);
 }
 
-// Row `index` of the next linear's input: the norm of `row`, in the form that the linear reads.
-void Program::prepare(const Norm& norm, const float* row, int32_t size, int64_t index, int thread) {
+// Row `index` of a linear's input: the norm of `row`, in the forms that the linear reads.
+void Program::prepare(const Norm& norm, const Linear& linear, const float* row, int64_t index,
+                      int thread) {
   if (norm.kind != NormKind::none) {
     float* normed = scratch_.data() + thread * scratch_width_;
     kernels_.ops->norm(norm, row, normed);
     row = normed;
   }
-  prepare_input(kernels_, format_, size, row, input_.data() + index * input_bytes(format_, size));
+  prepare_row(kernels_, linear, row, input_.data() + index * linear.input.bytes);
 }
 
 void Program::multiply(const Linear& linear, int64_t num_rows, float* y, int64_t stride) {
   LinearJob job = linear.job(input_.data(), num_rows, y, stride);
-  vivace::linear(kernels_, *pool_, format_, &job, 1);
+  vivace::linear(kernels_, *pool_, &job, 1);
 }
 
 void Program::embed_row(const StepArrays& step, int64_t row, int64_t given) {
@@ -253,15 +266,12 @@ void Program::embed_row(const StepArrays& step, int64_t row, int64_t given) {
     std::memcpy(h, step.given + given * hidden_size_, hidden_size_ * sizeof(float));
     return;
   }
-  const size_t row_bytes = hidden_size_ * weight_bytes(format_);
-  kernels_.ops->widen(format_,
-                      static_cast<const char*>(embedding_.weight) + step.tokens[row] * row_bytes,
-                      embedding_.scale, h, hidden_size_);
+  read_row(kernels_, embedding_.format, hidden_size_, embedding_.weight, step.tokens[row],
+           embedding_.scale, h);
   if (!embedding_.positions) return;
   std::vector<float> learned(hidden_size_);
-  kernels_.ops->widen(
-      format_, static_cast<const char*>(embedding_.positions) + step.positions[row] * row_bytes,
-      1.0f, learned.data(), hidden_size_);
+  read_row(kernels_, embedding_.positions_format, hidden_size_, embedding_.positions,
+           step.positions[row], 1.0f, learned.data());
   kernels_.ops->add(h, learned.data(), 1.0f, hidden_size_);
 }
 
@@ -271,8 +281,8 @@ void Program::embed(const StepArrays& step) {
   pool_->for_rows(step.num_rows, kNormRows, [&](int64_t row, int thread) {
     embed_row(step, row, given.empty() ? -1 : given[row]);
     if (step.first_block < step.last_block)
-      prepare(blocks_[step.first_block].norm, hidden_.data() + row * hidden_size_, hidden_size_,
-              row, thread);
+      prepare(blocks_[step.first_block].norm, blocks_[step.first_block].first(),
+              hidden_.data() + row * hidden_size_, row, thread);
   });
 }
 
@@ -342,7 +352,7 @@ void Program::attend(const StepArrays& step, const Block& block, float* sums) {
   call.sinks = block.sinks;
   attend_.run(kernels_, *pool_, call, sums);
   pool_->for_rows(step.num_rows, kNormRows, [&](int64_t row, int thread) {
-    prepare({}, out + row * out_width, block.out.in_features, row, thread);
+    prepare({}, block.out, out + row * out_width, row, thread);
   });
   multiply(block.out, step.num_rows, core_.data(), hidden_size_);
 }
@@ -353,7 +363,7 @@ void Program::run_rows(const StepArrays& step, int index) {
   if (block.kind == BlockKind::mlp) return run_mlp(step, block);
   if (block.kind == BlockKind::linear)
     return multiply(block.out, step.num_rows, core_.data(), hidden_size_);
-  if (!experts_.run({kernels_, *pool_, format_, block, input_.data(), step.num_rows, core_.data()}))
+  if (!experts_.run({kernels_, *pool_, block, input_.data(), step.num_rows, core_.data()}))
     fail_not_finite("router logits", index);
 }
 
@@ -366,7 +376,7 @@ void Program::run_mlp(const StepArrays& step, const Block& block) {
     const int64_t rows = std::min(kMlpRows, step.num_rows - first);
     if (first > 0)
       pool_->for_rows(rows, kNormRows, [&](int64_t row, int thread) {
-        prepare(block.norm, hidden_.data() + (first + row) * hidden_size_, hidden_size_, row,
+        prepare(block.norm, mlp.gate_up, hidden_.data() + (first + row) * hidden_size_, row,
                 thread);
       });
     multiply(mlp.gate_up, rows, gates, width);
@@ -375,7 +385,7 @@ void Program::run_mlp(const StepArrays& step, const Block& block) {
       float* out = scratch_.data() + thread * scratch_width_;
       kernels_.ops->activate(block.activation, gate, mlp.is_gated() ? gate + inner : nullptr, out,
                              inner);
-      prepare({}, out, inner, row, thread);
+      prepare({}, mlp.down, out, row, thread);
     });
     multiply(mlp.down, rows, core_.data() + first * hidden_size_, hidden_size_);
   }
@@ -390,7 +400,8 @@ void Program::finish_block(const StepArrays& step, int index) {
     float* x = core_.data() + row * hidden_size_;
     if (block.post_norm.kind != NormKind::none) kernels_.ops->norm(block.post_norm, x, x);
     kernels_.ops->add(h, x, block.residual_scale, hidden_size_);
-    if (!is_last) prepare(blocks_[index + 1].norm, h, hidden_size_, row, thread);
+    if (!is_last)
+      prepare(blocks_[index + 1].norm, blocks_[index + 1].first(), h, row, thread);
   });
   take_hidden(step, index);
 }
@@ -414,8 +425,8 @@ void Program::run_head(const StepArrays& step) {
   take_hidden(step, static_cast<int>(blocks_.size()));
   if (step.num_logits == 0) return;
   pool_->for_rows(step.num_logits, kNormRows, [&](int64_t row, int thread) {
-    prepare(head_.norm, hidden_.data() + int64_t{step.logits_rows[row]} * hidden_size_,
-            hidden_size_, row, thread);
+    prepare(head_.norm, head_.linear,
+            hidden_.data() + int64_t{step.logits_rows[row]} * hidden_size_, row, thread);
   });
   multiply(head_.linear, step.num_logits, step.logits, vocab_size_);
   const bool is_plain = head_.soft_cap == 0.0f && head_.scale == 1.0f;

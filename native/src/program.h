@@ -56,7 +56,7 @@ struct StepArrays {
 class Program {
  public:
   Program(const Kernels& kernels, std::shared_ptr<Pool> pool, int hidden_size, int vocab_size,
-          Format format, KVType kv_type);
+          KVType kv_type);
 
   void set_rope(size_t index, const Rope& rope);
   void add_group(const LayerGroup& group) { groups_.push_back(group); }
@@ -75,7 +75,6 @@ class Program {
 
   const Kernels& kernels() const { return kernels_; }
   Pool& pool() { return *pool_; }
-  Format format() const { return format_; }
   int hidden_size() const { return hidden_size_; }
   int vocab_size() const { return vocab_size_; }
   size_t num_caches() const { return caches_.size(); }
@@ -95,13 +94,12 @@ class Program {
   void finish_block(const StepArrays& step, int index);
   void take_hidden(const StepArrays& step, int index);
   void run_head(const StepArrays& step);
-  void prepare(const Norm& norm, const float* row, int32_t size, int64_t index, int thread);
+  void prepare(const Norm& norm, const Linear& linear, const float* row, int64_t index, int thread);
   void multiply(const Linear& linear, int64_t num_rows, float* y, int64_t stride);
 
   const Kernels& kernels_;
   std::shared_ptr<Pool> pool_;
   int hidden_size_, vocab_size_;
-  Format format_;
   KVType kv_type_;
   Embedding embedding_;
   Head head_;
@@ -118,7 +116,7 @@ class Program {
   Buffer<float> stats_;    // [rows, num_heads, 2]
   Buffer<char> input_;     // prepared rows of a linear's input
   Buffer<float> scratch_;  // [threads, scratch_width_]
-  size_t scratch_width_, input_width_, max_heads_ = 0;
+  size_t scratch_width_, input_width_ = 0, max_heads_ = 0;
   Attend attend_;
   Experts experts_;
   // The rows that go on after the last keys and values are written, as a step of their own.

@@ -1,9 +1,10 @@
 // One virtual vector of 16 float32 lanes; every instruction set gives the same bits.
 //
 // Include only from `*_kernels.cpp`, which are compiled once per instruction set with VIVACE_ISA
-// (the namespace) and VIVACE_LEVEL (0 generic, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16). Everything
-// here has internal linkage: an inline function that two objects share could be linked in the
-// variant that the CPU at hand cannot run. For the same reason kernel files use no std:: templates.
+// (the namespace) and VIVACE_LEVEL (0 generic, 1 AVX2, 2 AVX-512, 3 with VNNI, 4 with BF16 too).
+// Everything here has internal linkage: an inline function that two objects share could be linked
+// in the variant that the CPU at hand cannot run. For the same reason kernel files use no std::
+// templates.
 //
 // Results are those of IEEE 754 with round to nearest even under FloatEnvironment (denormals are
 // zero). Comparisons, min and max follow x86: min(a, b) = a < b ? a : b, so a NaN yields b.
@@ -20,6 +21,8 @@
 #endif
 
 #define VIVACE_INLINE [[gnu::always_inline]] static inline
+#define VIVACE_MEMBER [[gnu::always_inline]] inline
+#define VIVACE_UNROLL _Pragma("GCC unroll 32")
 
 namespace vivace::VIVACE_ISA {
 namespace {
@@ -237,7 +240,7 @@ VIVACE_INLINE F32x16 load_f16_first(const uint16_t* p, int n) {
 }
 
 VIVACE_INLINE void store_bf16(uint16_t* p, F32x16 x) {
-#if VIVACE_LEVEL >= 3
+#if VIVACE_LEVEL >= 4
   __m256bh rounded = _mm512_cvtneps_pbh(x.v);
   __builtin_memcpy(p, &rounded, 32);
 #elif VIVACE_LEVEL == 2
@@ -596,7 +599,7 @@ VIVACE_INLINE F32x16 even_elements(Pairs a) {
 
 // acc + a_odd * b_odd, rounded, + a_even * b_even, rounded: what VDPBF16PS computes.
 VIVACE_INLINE F32x16 dot_bf16(F32x16 acc, Pairs a, Pairs b) {
-#if VIVACE_LEVEL >= 3
+#if VIVACE_LEVEL >= 4
   return {_mm512_dpbf16_ps(acc.v, __builtin_bit_cast(__m512bh, a.v),
                            __builtin_bit_cast(__m512bh, b.v))};
 #else

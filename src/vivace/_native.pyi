@@ -1,9 +1,10 @@
 """The native core: runs a bound block list, draws tokens. Errors are `vivace.errors.NativeError`.
 
-Arrays are C-contiguous numpy arrays; weights of 16-bit formats are passed as their bits (uint16).
+Arrays are C-contiguous numpy arrays.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,19 @@ from vivace.blocks import AttentionBlock, ExpertsBlock, HeadSpec, LinearBlock, M
 _Floats = NDArray[np.float32]
 _Int32 = NDArray[np.int32]
 _Int64 = NDArray[np.int64]
-_Bound = tuple[np.ndarray, np.ndarray | None]  # a weight and its bias
+_BoundNorm = tuple[np.ndarray, np.ndarray | None]  # a weight and its bias
+
+class _Packed(Protocol):
+    """As `vivace.techniques.weight_formats.base.Packed`."""
+
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def raw(self) -> NDArray[np.uint8]: ...
+
+_Bound = tuple[_Packed, np.ndarray | None]  # a matrix and its bias
 _BoundExpert = tuple[Sequence[_Bound], Sequence[_Bound]]  # gate_up and down
 
 class Program:
@@ -26,7 +39,6 @@ class Program:
         self,
         hidden_size: int,
         vocab_size: int,
-        weight_kernel: str,
         kv_kernel: str,
         threads: int | None,
         isa: str | None,
@@ -35,7 +47,7 @@ class Program:
     def isa(self) -> str: ...
     @property
     def num_threads(self) -> int: ...
-    def is_finite(self, weights: np.ndarray) -> bool:
+    def is_finite(self, packed: _Packed) -> bool:
         """Whether a packed matrix holds neither NaN nor infinity."""
 
     def set_rope(self, index: int, cos: _Floats, sin: _Floats, is_interleaved: bool) -> None:
@@ -43,18 +55,18 @@ class Program:
 
     def add_group(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None: ...
     def set_embedding(
-        self, weight: np.ndarray, scale: float, positions: np.ndarray | None
+        self, weight: _Packed, scale: float, positions: _Packed | None
     ) -> None: ...
-    def set_head(self, spec: HeadSpec, linear: Sequence[_Bound], norm: _Bound | None) -> None: ...
+    def set_head(self, spec: HeadSpec, linear: Sequence[_Bound], norm: _BoundNorm | None) -> None: ...
     def add_attention(
         self,
         spec: AttentionBlock,
         qkv: Sequence[_Bound],
         out: Sequence[_Bound],
-        norm: _Bound | None,
-        post_norm: _Bound | None,
-        q_norm: _Bound | None,
-        k_norm: _Bound | None,
+        norm: _BoundNorm | None,
+        post_norm: _BoundNorm | None,
+        q_norm: _BoundNorm | None,
+        k_norm: _BoundNorm | None,
         sinks: _Floats | None,
     ) -> None: ...
     def add_mlp(
@@ -62,15 +74,15 @@ class Program:
         spec: MlpBlock,
         gate_up: Sequence[_Bound],
         down: Sequence[_Bound],
-        norm: _Bound | None,
-        post_norm: _Bound | None,
+        norm: _BoundNorm | None,
+        post_norm: _BoundNorm | None,
     ) -> None: ...
     def add_linear(
         self,
         spec: LinearBlock,
         linear: Sequence[_Bound],
-        norm: _Bound | None,
-        post_norm: _Bound | None,
+        norm: _BoundNorm | None,
+        post_norm: _BoundNorm | None,
     ) -> None: ...
     def add_experts(
         self,
@@ -79,8 +91,8 @@ class Program:
         shared_gate: Sequence[_Bound] | None,
         experts: list[_BoundExpert],
         shared: _BoundExpert | None,
-        norm: _Bound | None,
-        post_norm: _Bound | None,
+        norm: _BoundNorm | None,
+        post_norm: _BoundNorm | None,
     ) -> None: ...
     def set_site(self, block_index: int, site: Callable[[_Floats], None] | None) -> None: ...
     def allocate(self, num_blocks: Sequence[int], block_size: int) -> None:
@@ -226,19 +238,14 @@ def softmax_parts(
 # ------------------------------------------------------------ the machine and its kernels
 
 class Linear:
-    """One linear group on its own, for tests and benchmarks. Weights are bytes."""
+    """One linear group on its own, for tests and benchmarks."""
 
-    def __init__(
-        self,
-        format: str,
-        in_features: int,
-        weights: Sequence[NDArray[np.uint8]],
-        biases: Sequence[_Floats | None],
-        isa: str = "",
-        threads: int = 1,
-    ) -> None: ...
+    def __init__(self, parts: list[_Bound], isa: str = "", threads: int = 1) -> None: ...
     def __call__(self, x: _Floats) -> _Floats:
         """x [M, in_features] -> [M, out_features]."""
+
+    def row(self, index: int) -> _Floats:
+        """A row of the first matrix: [1, in_features]."""
 
 def time_linears(linears: Sequence[Linear], num_rows: int, repeats: int) -> list[float]:
     """Seconds of each of `repeats` rounds through all of `linears`."""

@@ -34,12 +34,14 @@ __all__ = [
     "NextTokenHead",
     "NormKind",
     "NormSpec",
+    "Role",
     "RopeSpec",
     "Routing",
     "Shard",
     "WeightRef",
     "block_linears",
     "block_norms",
+    "matrix_roles",
     "weight_refs",
 ]
 
@@ -296,6 +298,29 @@ class ModelGraph:
             *(spec for block in self.blocks for spec in block_linears(block)),
         ]
         return tuple(dict.fromkeys(ref for spec in specs for ref in spec.parts))
+
+
+class Role(StrEnum):
+    """What a matrix is for; formats may differ by it. A tied embedding has the head's."""
+
+    BODY = "body"
+    ROUTER = "router"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+
+
+def matrix_roles(graph: ModelGraph) -> dict[WeightRef, Role]:
+    """Every matrix that a format stores, once each, the embedding's last."""
+    roles = dict.fromkeys(graph.linears(), Role.BODY)
+    for block in graph.blocks:
+        if isinstance(block, ExpertsBlock):
+            specs = (block.router, *(() if block.shared_gate is None else (block.shared_gate,)))
+            roles |= {ref: Role.ROUTER for spec in specs for ref in spec.parts}
+    roles |= dict.fromkeys(graph.head.linear.parts, Role.HEAD)
+    for ref in (graph.embedding.weight, graph.embedding.positions):
+        if ref is not None:
+            roles.setdefault(ref, Role.EMBEDDING)
+    return roles
 
 
 def block_linears(block: Block) -> tuple[LinearSpec, ...]:

@@ -213,7 +213,7 @@ _OTHERS = (
         Kind.TEXT,
         None,
         "instruction set of the kernels; unset: the best there is",
-        choices=("generic", "avx2", "avx512", "avx512bf16"),
+        choices=("generic", "avx2", "avx512", "avx512vnni", "avx512bf16"),
     ),
     Setting(
         "tokenization",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from vivace.blocks import Role, matrix_roles
 from vivace.completion import Choice, Collector, Completion, Delta, Timing
 from vivace.engine.admission import check_request
 from vivace.engine.engine import Engine
@@ -24,12 +25,15 @@ from vivace.executors.native import NativeExecutor
 from vivace.models.loading import LoadedModel, load_model
 from vivace.models.segmentation import Tokenization, check_tokenization
 from vivace.plan import DEFAULTS, Plan, ResolvedPlan, resolve
+from vivace.registry import seams
+from vivace.techniques.weight_formats.base import matrix_of
 from vivace.types import InputSegment, RequestKind, SamplingParams
 
 if TYPE_CHECKING:
     from vivace.blocks import ModelGraph
     from vivace.engine.branch import Branch
     from vivace.models.tokenizer import Tokenizer
+    from vivace.techniques.weight_formats.base import WeightFormat
 
 __all__ = ["LLM", "Choice", "Completion", "Delta", "Estimate", "Timing"]
 
@@ -100,6 +104,7 @@ class LLM:
             self.model.weights,
             self.plan.one("weight_formats"),
             self.plan.one("kv_stores"),
+            role_formats=_role_formats(self.plan),
             threads=threads,
             isa=isa,
             max_positions=self.max_context,
@@ -494,8 +499,18 @@ def _check_whole(name: str, value: Any, high: int) -> None:
         raise InvalidOption(f"{name} is {value!r}: expected a whole number from 1 to {high}")
 
 
+def _role_formats(plan: ResolvedPlan) -> dict[Role, WeightFormat]:
+    """Formats of matrices that the body's does not store. Routers choose: they are not rounded."""
+    formats = {Role(role): made for role, made in plan.by_role("weight_formats").items()}
+    if Role.ROUTER not in formats and plan.one("weight_formats").grid.bits < 16:
+        formats[Role.ROUTER] = seams()["weight_formats"].create("stored")
+    return formats
+
+
 def _weight_bytes(model: LoadedModel, plan: ResolvedPlan) -> int:
-    """Bytes of all weights as the plan stores them."""
-    bits = plan.one("weight_formats").grid.bits_per_weight
-    refs = {*model.graph.linears(), model.graph.embedding.weight}
-    return sum(int(np.prod(ref.shape) * bits) // 8 for ref in refs)
+    """Bytes of all matrices as the plan stores them."""
+    body, others = plan.one("weight_formats"), _role_formats(plan)
+    return sum(
+        (others.get(role) or body).num_bytes(matrix_of(model.weights, ref))
+        for ref, role in matrix_roles(model.graph).items()
+    )

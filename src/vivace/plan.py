@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vivace.errors import BadFile, IncompatibleTechniques, UnknownTechnique, UserError, nearest
+from vivace.blocks import Role
+from vivace.errors import (
+    BadFile,
+    IncompatibleTechniques,
+    InvalidOption,
+    UnknownTechnique,
+    UserError,
+    nearest,
+)
 from vivace.registry import Seam, Technique, seams
 from vivace.types import Change, Exactness, Need
 
@@ -74,11 +82,20 @@ class ResolvedPlan:
     """Configured techniques per seam, checked against one another."""
 
     techniques: Mapping[str, tuple[Technique, ...]]
+    roles: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
 
     def one(self, seam: str) -> Any:
-        """The technique of a seam that holds exactly one."""
-        (technique,) = self.techniques[seam]
+        """The technique of a seam that holds exactly one, apart from those for some roles."""
+        roles = self.roles.get(seam, (None,) * len(self.techniques[seam]))
+        (technique,) = (
+            made for made, role in zip(self.techniques[seam], roles, strict=True) if role is None
+        )
         return technique
+
+    def by_role(self, seam: str) -> dict[str, Any]:
+        """Techniques of a seam that stand in for its one technique where a role is concerned."""
+        pairs = zip(self.techniques[seam], self.roles.get(seam, ()), strict=False)
+        return {role: technique for technique, role in pairs if role is not None}
 
     @property
     def exactness(self) -> Exactness:
@@ -91,6 +108,9 @@ class ResolvedPlan:
 
 # Seams where one technique runs at a time; others stack.
 _SINGLE = frozenset({"weight_formats", "kv_stores", "schedulers", "decoders"})
+
+# Parts of a model for which a seam may have a technique of their own: `role = "head"`.
+_ROLES = {"weight_formats": frozenset(Role) - {Role.BODY}}
 
 # What one technique needs that another takes away.
 _CONFLICTS: tuple[tuple[Need, Change, str], ...] = (
@@ -115,12 +135,15 @@ def resolve(plan: Plan, available: Mapping[str, Seam] | None = None) -> Resolved
     """
     available = seams() if available is None else available
     made: dict[str, tuple[Technique, ...]] = {}
+    roles: dict[str, tuple[str | None, ...]] = {}
     for seam, choices in plan.choices.items():
         if seam not in available:
             raise UnknownTechnique(f"plan: no seam '{seam}': {nearest(seam, available)}")
-        if seam in _SINGLE and len(choices) != 1:
-            raise UserError(f"plan: [{seam}] takes one technique, not {len(choices)}")
-        made[seam] = tuple(available[seam].create(name, **options) for name, options in choices)
+        roles[seam], own = _split_roles(seam, choices)
+        num_general = roles[seam].count(None)
+        if seam in _SINGLE and num_general != 1:
+            raise UserError(f"plan: [{seam}] takes one technique, not {num_general}")
+        made[seam] = tuple(available[seam].create(name, **options) for name, options in own)
     labelled = [(f"{s}.{t.name}", t) for s, items in made.items() for t in items]
     for label, technique in labelled:
         for change in sorted(technique.changes & _NEVER_LOSSY):
@@ -133,7 +156,29 @@ def resolve(plan: Plan, available: Mapping[str, Seam] | None = None) -> Resolved
         _check_pair(label_b, b, label_a, a)
         for change in sorted(a.changes & b.changes & _EXCLUSIVE):
             raise IncompatibleTechniques(label_a, label_b, f"both change {change}")
-    return ResolvedPlan(made)
+    return ResolvedPlan(made, roles)
+
+
+def _split_roles(
+    seam: str, choices: tuple[tuple[str, Mapping[str, Any]], ...]
+) -> tuple[tuple[str | None, ...], Sequence[tuple[str, Mapping[str, Any]]]]:
+    """The role of each choice, None where it has none, and the choices without it."""
+    known = _ROLES.get(seam, frozenset())
+    if not known:
+        return (None,) * len(choices), list(choices)
+    roles = tuple(options.get("role") for _, options in choices)
+    for role in roles:
+        if role is not None and role not in known:
+            raise InvalidOption(
+                f"plan: [{seam}] has no role {role!r}: expected one of {', '.join(sorted(known))}"
+            )
+        if role is not None and roles.count(role) > 1:
+            raise UserError(f"plan: [{seam}] names the role '{role}' twice")
+    own = [
+        (name, {key: value for key, value in options.items() if key != "role"})
+        for name, options in choices
+    ]
+    return roles, own
 
 
 def _check_pair(needing: str, a: Technique, changing: str, b: Technique) -> None:

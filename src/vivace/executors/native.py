@@ -17,14 +17,16 @@ from vivace.blocks import (
     MlpBlock,
     ModelGraph,
     NormSpec,
+    Role,
     WeightRef,
+    matrix_roles,
     weight_refs,
 )
 from vivace.errors import BadFile, NativeError, UnsupportedModel
 from vivace.models.formats.block_tensor import BlockTensor
 from vivace.models.rope import rope_table
 from vivace.techniques.kv_stores.base import KVStore
-from vivace.techniques.weight_formats.base import WeightFormat
+from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_of
 from vivace.types import GroupRows, Segment, Step, StepOutput
 
 __all__ = ["NativeExecutor", "Site"]
@@ -32,6 +34,10 @@ __all__ = ["NativeExecutor", "Site"]
 # site(x): x [N, hidden] float32 is what a block's last linear gave, before the post norm and the
 # residual add; it may be edited in place and is gone when the call returns.
 Site = Callable[[np.ndarray], None]
+
+Stored = np.ndarray | BlockTensor | Packed  # a tensor of a checkpoint
+_Bound = tuple[Packed, np.ndarray | None]  # a matrix and its bias
+_BoundNorm = tuple[np.ndarray, np.ndarray | None]
 
 _FIRST_ROPE_POSITIONS = 4096  # tables grow when a step goes beyond
 _NO_CANCEL = np.zeros(1, np.int32)
@@ -46,6 +52,7 @@ class NativeExecutor:
         graph: the block list.
         weights: checkpoint tensors by name, mapped or in memory, as arrays or quantized blocks.
         weight_format: stores the matrices; those stored so already stay mapped.
+        role_formats: store those of some roles instead.
         kv_store: stores keys and values.
         threads: number of threads; None: as many as this process may use.
         isa: instruction set, at most what the machine has; None: the best one.
@@ -60,10 +67,11 @@ class NativeExecutor:
     def __init__(
         self,
         graph: ModelGraph,
-        weights: Mapping[str, np.ndarray | BlockTensor],
+        weights: Mapping[str, Stored],
         weight_format: WeightFormat,
         kv_store: KVStore,
         *,
+        role_formats: Mapping[Role, WeightFormat] | None = None,
         threads: int | None = None,
         isa: str | None = None,
         max_positions: int | None = None,
@@ -77,9 +85,13 @@ class NativeExecutor:
         self.max_positions = graph.max_positions if max_positions is None else max_positions
         self._kv_store = kv_store
         self._program = _native.Program(
-            graph.hidden_size, graph.vocab_size, weight_format.kernel, kv_store.kernel, threads, isa
+            graph.hidden_size, graph.vocab_size, kv_store.kernel, threads, isa
         )
-        self._tensors = _Tensors(graph, weights, weight_format, self._program)
+        formats = {
+            ref: (role_formats or {}).get(role, weight_format)
+            for ref, role in matrix_roles(graph).items()
+        }
+        self._tensors = _Tensors(graph, weights, formats, self._program)
         self._num_rope_positions = 0
         self._grow_ropes(min(_FIRST_ROPE_POSITIONS, self.max_positions))
         for group in graph.groups:
@@ -242,21 +254,18 @@ class NativeExecutor:
                 )
 
 
-_Bound = tuple[np.ndarray, np.ndarray | None]  # a weight and its bias
-
-
 class _Tensors:
     """Checkpoint tensors as the program wants them; a matrix used twice is packed once."""
 
     def __init__(
         self,
         graph: ModelGraph,
-        weights: Mapping[str, np.ndarray | BlockTensor],
-        weight_format: WeightFormat,
+        weights: Mapping[str, Stored],
+        formats: Mapping[WeightRef, WeightFormat],
         program: _native.Program,
     ) -> None:
-        self._weights, self._format, self._program = weights, weight_format, program
-        self._packed: dict[WeightRef, np.ndarray] = {}
+        self._weights, self._formats, self._program = weights, formats, program
+        self._packed: dict[WeightRef, Packed] = {}
         self._num_rows: dict[str, int] = {}  # rows that the graph uses of a tensor
         for ref in weight_refs(graph):
             end = ref.first_row + ref.shape[0]
@@ -271,7 +280,7 @@ class _Tensors:
             (self.matrix(part), None if bias is None else self.vector(bias)) for part, bias in parts
         ]
 
-    def norm(self, spec: NormSpec | None) -> _Bound | None:
+    def norm(self, spec: NormSpec | None) -> _BoundNorm | None:
         if spec is None:
             return None
         weight = self.vector(spec.weight)
@@ -284,35 +293,30 @@ class _Tensors:
             raise BadFile(_not_finite(ref.name))
         return vector
 
-    def matrix(self, ref: WeightRef) -> np.ndarray:
-        """The packed matrix, its elements as plain bits where numpy has no type for them."""
+    def matrix(self, ref: WeightRef) -> Packed:
         if ref not in self._packed:
-            packed = np.ascontiguousarray(self._pack(ref))
-            bits = packed if packed.dtype == np.float32 else packed.view(np.uint16)
-            if not self._program.is_finite(bits):
+            try:
+                packed = self._formats[ref].pack(self._stored(ref))
+            except BadFile as error:
+                raise BadFile(f"tensor '{ref.name}': {error}") from error
+            if not self._program.is_finite(packed):
                 raise BadFile(_not_finite(ref.name))
-            self._packed[ref] = bits
+            self._packed[ref] = packed
         return self._packed[ref]
 
-    def _pack(self, ref: WeightRef) -> np.ndarray:
-        stored = self._stored(ref)
-        try:
-            return self._format.pack(stored)
-        except BadFile as error:
-            raise BadFile(f"tensor '{ref.name}': {error}") from error
-
-    def _stored(self, ref: WeightRef) -> np.ndarray | BlockTensor:
+    def _stored(self, ref: WeightRef) -> Stored:
         if ref.name not in self._weights:
             raise BadFile(f"the checkpoint has no tensor '{ref.name}': expected {list(ref.shape)}")
         stored = self._weights[ref.name]
-        stored = stored.T if ref.is_transposed else stored
         wanted = (self._num_rows[ref.name], *ref.shape[1:])
-        if stored.shape != wanted:
+        is_turned = ref.is_transposed and not isinstance(stored, Packed)
+        shape = stored.shape[::-1] if is_turned else stored.shape
+        if shape != wanted:
             raise BadFile(
-                f"tensor '{ref.name}' has the shape {list(stored.shape)}, "
+                f"tensor '{ref.name}' has the shape {list(shape)}, "
                 f"but the config asks for {list(wanted)}: config and weights do not belong together"
             )
-        return stored[ref.first_row : ref.first_row + ref.shape[0]]
+        return matrix_of(self._weights, ref)
 
 
 def _not_finite(name: str) -> str:

@@ -22,14 +22,16 @@ from vivace.blocks import (
     ModelGraph,
     NormKind,
     NormSpec,
+    Role,
     WeightRef,
+    matrix_roles,
 )
 from vivace.errors import UnsupportedModel
 from vivace.executors.torch_attention import PagedCache, paged_attend
 from vivace.executors.torch_experts import combine_experts
 from vivace.models.rope import rope_table
 from vivace.techniques.kv_stores.base import KVStore
-from vivace.techniques.weight_formats.base import WeightFormat
+from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_of
 from vivace.types import Step, StepOutput
 
 __all__ = ["Attend", "TorchExecutor", "TorchModel", "dense_causal_attend", "to_torch"]
@@ -195,6 +197,7 @@ class TorchExecutor:
         weights: checkpoint tensors by name, as numpy arrays (bfloat16 from ml_dtypes).
         weight_format: the arithmetic of matrices.
         kv_store: how keys and values are stored.
+        role_formats: the arithmetic of matrices of some roles instead.
     """
 
     merge_entries = 1
@@ -205,6 +208,7 @@ class TorchExecutor:
         weights: Mapping[str, np.ndarray],
         weight_format: WeightFormat,
         kv_store: KVStore,
+        role_formats: Mapping[Role, WeightFormat] | None = None,
     ) -> None:
         if graph.shard.world_size != 1:
             raise UnsupportedModel(
@@ -213,7 +217,11 @@ class TorchExecutor:
             )
         self.graph = graph
         self.kv_store = kv_store
-        self.model = _PackedModel(graph, weights, weight_format)
+        formats = {
+            ref: (role_formats or {}).get(role, weight_format)
+            for ref, role in matrix_roles(graph).items()
+        }
+        self.model = _PackedModel(graph, weights, formats)
         self.caches: list[PagedCache] = []
 
     def allocate(self, num_blocks: Sequence[int], block_size: int) -> None:
@@ -303,30 +311,27 @@ class _PackedModel(TorchModel):
         self,
         graph: ModelGraph,
         weights: Mapping[str, np.ndarray],
-        weight_format: WeightFormat,
+        formats: Mapping[WeightRef, WeightFormat],
     ) -> None:
-        self.weight_format = weight_format
+        self.formats = formats
         vectors = {n: to_torch(w).float() for n, w in weights.items() if w.ndim == 1}
         matrices = {n: to_torch(w) for n, w in weights.items() if w.ndim == 2}
         super().__init__(graph, matrices | vectors)
         self.arrays = weights
-        self.packed: dict[WeightRef, Tensor] = {}
+        self.packed: dict[WeightRef, tuple[Packed, Tensor]] = {}
 
     def linear(self, x: Tensor, ref: WeightRef) -> Tensor:
-        return self.weight_format.linear(x, self._pack(ref))
+        packed, weight = self._pack(ref)
+        return functional.linear(self.formats[ref].round_inputs(x, packed), weight)
 
     def rows(self, ref: WeightRef, index: Tensor) -> Tensor:
-        is_packed = ref in self.graph.head.linear.parts
-        if is_packed:  # a tied head: the embedding is stored in the head's format
-            return self.weight_format.rows(self._pack(ref), index)
-        return super().rows(ref, index).float()
+        return functional.embedding(index, self._pack(ref)[1])
 
-    def _pack(self, ref: WeightRef) -> Tensor:
+    def _pack(self, ref: WeightRef) -> tuple[Packed, Tensor]:
+        """A matrix as it is stored, and what it means."""
         if ref not in self.packed:
-            array = self.arrays[ref.name]
-            array = array.T if ref.is_transposed else array
-            unit = array[ref.first_row : ref.first_row + ref.shape[0]]
-            self.packed[ref] = to_torch(self.weight_format.pack(unit))
+            packed = self.formats[ref].pack(matrix_of(self.arrays, ref))
+            self.packed[ref] = packed, to_torch(self.formats[ref].dequant(packed))
         return self.packed[ref]
 
 

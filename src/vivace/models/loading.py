@@ -146,17 +146,14 @@ class LoadedModel:
 
     @property
     def weight_format(self) -> dict[str, Any]:
-        """The weight format, with its options, that stores most matrices as the checkpoint does.
-
-        Blocks that no kernel reads become 16 bits; inputs are not rounded to them.
-        """
-        sizes: dict[tuple[str, bool], int] = {}
+        """The weight format that stores matrices as the checkpoint does."""
+        sizes: dict[str, int] = {}
         for name in {ref.name for ref in self.graph.linears()}:
             info = self.weights.info(name)
-            kind = info.dtype.name, info.is_quantized
-            sizes[kind] = sizes.get(kind, 0) + math.prod(info.shape)
-        name, is_quantized = max(sizes, key=lambda kind: sizes[kind])
-        return {"name": name} | ({"arithmetic": "float32"} if is_quantized else {})
+            if info.is_quantized:
+                return {"name": "stored"}
+            sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + math.prod(info.shape)
+        return {"name": max(sizes, key=lambda name: sizes[name])}
 
     def check_all_weights(self) -> None:
         """Search every tensor for NaN and infinity; reads the whole checkpoint."""

@@ -1,30 +1,83 @@
 """Weight formats: how a matrix is stored, and what multiplying with it means.
 
-The arrays follow the Python array API: numpy on a CPU, torch elsewhere. A format states the
-arithmetic (`linear`); an executor that has a kernel of the format's `kernel` name runs that kernel
-and must give the same result up to the order of float32 sums.
+A stored matrix names the kernel that reads it, so that matrices of one model may differ. What a
+kernel computes is said twice: natively, and by `round_inputs` and `dequant`, which must agree up to
+the order of float32 sums.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from array_api_compat import array_namespace
 
+from vivace.blocks import WeightRef
+from vivace.errors import BadFile
 from vivace.registry import Technique
+from vivace.techniques.weight_formats import _kernels
 
-__all__ = ["Grid", "Matrix", "WeightFormat", "widen"]
+__all__ = ["Grid", "Matrix", "Packed", "WeightFormat", "matrix_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The values a format can hold. `group_size` weights along K share what is shared."""
+    """The values a format can hold, and what they cost.
 
-    storage: str  # numpy or ml_dtypes name of an element
-    bits_per_weight: float
-    group_size: int | None = None  # None: nothing is shared
+    `group_size` weights along K share a scale of `scale_bits` and a zero point of `zero_bits`;
+    None: those of a row.
+    """
+
+    storage: str  # numpy or ml_dtypes name of an element, or of codes
+    bits: float  # of an element
+    group_size: int | None = None
+    scale_bits: int = 0
+    zero_bits: int = 0
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Exactly what a matrix with rows of `in_features` weights takes, scales included."""
+        shared = self.scale_bits + self.zero_bits
+        return self.bits + shared / (self.group_size or in_features)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A stored matrix [out, in].
+
+    `kernel` says how `data` lies and what multiplying with it means, by the names of
+    native/src/format.h; `data` are elements [out, in] or bytes, mapped or in memory.
+    """
+
+    kernel: str
+    shape: tuple[int, int]
+    data: np.ndarray
+
+    @property
+    def raw(self) -> np.ndarray:
+        """The bytes, flat: what native code is given."""
+        return self.data.reshape(-1).view(np.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.nbytes
+
+    def __getitem__(self, rows: slice) -> Packed:
+        """A view of a range of rows. Raises `BadFile` where rows that lie together are cut."""
+        first, last, _ = rows.indices(self.shape[0])
+        if (first, last) == (0, self.shape[0]):
+            return self
+        unit = _kernels.unit_rows(self.kernel)
+        if first % unit or (last % unit and last != self.shape[0]):
+            raise BadFile(
+                f"rows {first} to {last} of a matrix stored as {self.kernel} cannot be used alone: "
+                f"{unit} rows lie together"
+            )
+        num_units = -(-self.shape[0] // unit)
+        raw = self.raw.reshape(num_units, -1)[first // unit : -(-last // unit)]
+        return Packed(self.kernel, (last - first, self.shape[1]), raw)
 
 
 class Matrix(Protocol):
@@ -36,41 +89,45 @@ class Matrix(Protocol):
     def __getitem__(self, rows: slice, /) -> Any: ...
 
 
+def matrix_of(weights: Mapping[str, Any], ref: WeightRef) -> Any:
+    """The matrix [out, in] that `ref` names among a checkpoint's tensors."""
+    stored = weights[ref.name]
+    if ref.is_transposed and not isinstance(stored, Packed):  # which lies upright
+        stored = stored.T
+    return stored[ref.first_row : ref.first_row + ref.shape[0]]
+
+
 class WeightFormat(Technique):
-    """Base of the seam. A packed buffer is opaque to everyone but its format."""
+    """Base of the seam."""
 
     @property
     @abstractmethod
     def grid(self) -> Grid: ...
 
-    @property
     @abstractmethod
-    def kernel(self) -> str:
-        """The name under which native code knows this format and its arithmetic."""
+    def pack(self, weight: Matrix | Packed) -> Packed:
+        """Store a matrix [out, in]; what is stored so already stays where it is mapped.
 
-    @abstractmethod
-    def pack(self, weight: Matrix) -> np.ndarray:
-        """Store a matrix [out, in]; returns `weight` itself, still mapped, if it is stored so.
-
-        NaN and infinity in `weight` are kept: who packs looks for them.
+        NaN and infinity in `weight` stay visible as elements or scales: who packs looks for them.
 
         Raises:
-            BadFile: a finite weight cannot be stored as a finite one.
+            BadFile: a finite weight cannot be stored as a finite one, or rows do not divide.
         """
 
-    @abstractmethod
-    def linear(self, x: Any, buffer: Any) -> Any:
-        """x [N, in] float32 times the stored matrix, transposed: [N, out] float32."""
+    def num_bytes(self, weight: Matrix | Packed) -> int:
+        """Bytes that `pack` will take, without packing."""
+        num_rows, num_columns = weight.shape
+        return int(num_rows * num_columns * self.grid.bits_per_weight(num_columns) + 7) // 8
 
-    @abstractmethod
-    def rows(self, buffer: Any, index: Any) -> Any:
-        """Rows of the stored matrix (embedding lookup): [len(index), in] float32."""
+    def round_inputs(self, x: Any, packed: Packed) -> Any:
+        """What a linear reads of its input x [N, in] float32, as float32."""
+        return _kernels.round_inputs(packed.kernel, x)
 
-    @abstractmethod
-    def dequant(self, buffer: Any) -> Any:
+    def dequant(self, packed: Packed) -> np.ndarray:
         """The whole matrix [out, in] float32."""
+        return _kernels.decode(packed.kernel, packed.shape, packed.data)
 
-
-def widen(array: Any) -> Any:
-    """To float32, for numpy (with ml_dtypes) and torch alike."""
-    return array.astype(np.float32) if isinstance(array, np.ndarray) else array.float()
+    def linear(self, x: Any, packed: Packed) -> Any:
+        """x [N, in] float32 times the stored matrix, transposed: [N, out] float32."""
+        weight = array_namespace(x).asarray(self.dequant(packed))
+        return self.round_inputs(x, packed) @ weight.T

@@ -1,0 +1,79 @@
+// How a matrix is stored and what its inputs are rounded to before they are multiplied.
+//
+// Row-major formats are read where a file is mapped. `codes` lie in panels of 16 outputs, so that
+// a vector's lanes are outputs: see PanelLayout.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace vivace {
+
+enum class Storage : uint8_t { float32, bfloat16, float16, codes, q4_0, q8_0, q4_k, q6_k };
+enum class ScaleType : uint8_t { float32, float16, bfloat16, e8m0 };  // e8m0: 2^(byte - 127)
+
+// int8: whole numbers -127..127 and a float32 scale for each `group` inputs.
+enum class InputType : uint8_t { float32, bfloat16, float16, int8 };
+
+struct InputFormat {
+  InputType type = InputType::float32;
+  int32_t group = 0;
+  friend bool operator==(const InputFormat&, const InputFormat&) = default;
+};
+
+struct Format {
+  Storage storage = Storage::float32;
+  InputFormat input;
+  // Of `codes`: weight = scale * (code - zero), codes of `bits` bits. `group` weights along K share
+  // scale and zero; 0: a whole row. Without stored zeros, zero is 2^(bits - 1).
+  int bits = 0;
+  int32_t group = 0;
+  ScaleType scale = ScaleType::float32;
+  bool has_zeros = false;
+};
+
+constexpr int kPanelOutputs = 16;
+constexpr int kStepInputs = 32;  // inputs whose codes lie together
+
+// A panel of 16 outputs: scales [groups][16], zeros [groups][16] bytes, then from a multiple of 64
+// bytes on the codes, `bits` vectors of 64 bytes for each 32 inputs k. Byte 4 o + i of a vector
+// holds codes of output o and inputs k = 4 j + i:
+//   8 bits: vector j.           4 bits: vector v, low half j = v, high half j = v + 4.
+//   2 bits: vector v, bits 2 c: j = v + 2 c.
+//   3 bits: two vectors as for 2 bits, then one whose bit j is the third bit.
+struct PanelLayout {
+  int32_t num_groups;
+  size_t zeros_at, codes_at, bytes;
+};
+PanelLayout panel_layout(const Format& format, int32_t K);
+
+// By name, such as "bfloat16", "q4_k" or "int4/32/float16/zeros" (bits, group or "row", type of
+// scales). Throws std::invalid_argument.
+Format format_from_name(const std::string& name);
+
+bool is_float(const Format& format);       // elements one by one
+size_t element_bytes(const Format& format);  // of a float format
+size_t scale_bytes(ScaleType type);
+
+// Outputs that lie together: a matrix is cut between multiples of it only.
+int32_t unit_outputs(const Format& format);
+// Bytes of a unit of outputs. Throws std::invalid_argument if K is not a multiple of the group.
+size_t unit_bytes(const Format& format, int32_t K);
+size_t matrix_bytes(const Format& format, int32_t rows, int32_t K);
+
+// Bytes of a prepared row, a multiple of 64.
+size_t input_bytes(const InputFormat& input, int32_t K);
+
+// Where a prepared row of type int8 has what: K whole numbers padded with zeros, then per group a
+// float32 scale, an int32 -sum of its numbers, and scale * -sum as float32.
+struct Int8Layout {
+  int32_t padded_K, num_groups;
+  size_t scales_at, sums_at, products_at, bytes;
+};
+Int8Layout int8_layout(const InputFormat& input, int32_t K);
+
+// False if a scale, or an element of a float format, is NaN or infinite. Codes always are finite.
+bool has_finite_scales(const Format& format, int32_t K, const void* unit);
+
+}  // namespace vivace

@@ -1,0 +1,585 @@
+// Linear layers of whole numbers: codes of weights times inputs rounded to 8 bits.
+//
+// Lanes are outputs. Inside a group of inputs the sum is exact in 32 bits; then one multiply-add
+// per group, in order of K, joins the output's float32 sum. So an output's bits depend on K and the
+// format alone, whatever the rows of a tile and the instruction set. Codes are unpacked once for
+// all rows of a tile.
+#include "block_formats.h"
+#include "bytes.h"
+#include "linear.h"
+
+namespace vivace::VIVACE_ISA {
+namespace {
+
+// Rows that share unpacked codes, by the registers there are.
+constexpr int kTileRows = VIVACE_LEVEL >= 2 ? 8 : 4;
+
+VIVACE_INLINE F32x16 load_scales(ScaleType type, const uint8_t* p) {
+  switch (type) {
+    case ScaleType::float32:
+      return load(reinterpret_cast<const float*>(p));
+    case ScaleType::float16:
+      return load_f16(reinterpret_cast<const uint16_t*>(p));
+    case ScaleType::bfloat16:
+      return load_bf16(reinterpret_cast<const uint16_t*>(p));
+    case ScaleType::e8m0:  // 2^-127 is a denormal and counts as zero
+      return bits_to_float(shift_left<23>(load_u8(p)));
+  }
+  return zero();
+}
+
+// ---------------------------------------------------------------- sources of codes
+
+// A source gives the codes of 32 inputs and 16 outputs as eight vectors, and what turns sums of
+// them into weights: kZero or stored zeros, scales, and for some a minimum. `kGroup`: inputs per
+// scale, 0 if that is known at run time only (a multiple of 32, or the row).
+
+template <int kBits>
+struct Panels {
+  static constexpr int kGroup = 0, kMaxCode = (1 << kBits) - 1, kZero = 1 << (kBits - 1);
+  static constexpr int kZeroShift = kBits - 1;
+  static constexpr bool kHasMinimum = false;
+
+  const uint8_t* panel;
+  PanelLayout layout;
+  ScaleType scale_type;
+  bool has_zeros, is_row;  // is_row: one scale for all of K
+
+  Panels(const Format& format, int32_t K, const void* unit)
+      : panel(static_cast<const uint8_t*>(unit)),
+        layout(panel_layout(format, K)),
+        scale_type(format.scale),
+        has_zeros(format.has_zeros),
+        is_row(format.group == 0) {}
+
+  VIVACE_MEMBER void unpack(int step, Bytes64* codes) {
+    const uint8_t* p = panel + layout.codes_at + static_cast<size_t>(step) * kBits * 64;
+    if constexpr (kBits == 8) {
+      VIVACE_UNROLL
+      for (int j = 0; j < 8; ++j) codes[j] = load_bytes(p + 64 * j);
+    } else if constexpr (kBits == 4) {
+      VIVACE_UNROLL
+      for (int v = 0; v < 4; ++v) {
+        const Bytes64 raw = load_bytes(p + 64 * v);
+        codes[v] = bits_at<0, 15>(raw);
+        codes[v + 4] = bits_at<4, 15>(raw);
+      }
+    } else {
+      VIVACE_UNROLL
+      for (int v = 0; v < 2; ++v) {
+        const Bytes64 raw = load_bytes(p + 64 * v);
+        codes[v] = bits_at<0, 3>(raw);
+        codes[v + 2] = bits_at<2, 3>(raw);
+        codes[v + 4] = bits_at<4, 3>(raw);
+        codes[v + 6] = bits_at<6, 3>(raw);
+      }
+      if constexpr (kBits == 3) {
+        const Bytes64 high = load_bytes(p + 128);
+        codes[0] = or_bit<0, 2>(codes[0], high);
+        codes[1] = or_bit<1, 2>(codes[1], high);
+        codes[2] = or_bit<2, 2>(codes[2], high);
+        codes[3] = or_bit<3, 2>(codes[3], high);
+        codes[4] = or_bit<4, 2>(codes[4], high);
+        codes[5] = or_bit<5, 2>(codes[5], high);
+        codes[6] = or_bit<6, 2>(codes[6], high);
+        codes[7] = or_bit<7, 2>(codes[7], high);
+      }
+    }
+  }
+
+  VIVACE_MEMBER F32x16 scale_at(int group) const {
+    return load_scales(scale_type, panel + static_cast<size_t>(group) * kPanelOutputs *
+                                               scale_bytes_of(scale_type));
+  }
+  VIVACE_MEMBER F32x16 scale(int group) const { return is_row ? set1(1.0f) : scale_at(group); }
+  // What a row's whole sum is multiplied with in the end.
+  VIVACE_MEMBER F32x16 row_scale() const { return is_row ? scale_at(0) : set1(1.0f); }
+
+  // -sum of inputs -> -sum of zeros times inputs.
+  VIVACE_MEMBER I32x16 offset(int group, int32_t sum) const {
+    const I32x16 minus = set1_i32(sum);
+    if (!has_zeros) return shift_left<kZeroShift>(minus);
+    return multiply_i32(
+        minus, load_u8(panel + layout.zeros_at + static_cast<size_t>(is_row ? 0 : group) * 16));
+  }
+  VIVACE_MEMBER F32x16 minimum(int) const { return zero(); }
+
+ private:
+  VIVACE_INLINE size_t scale_bytes_of(ScaleType type) {
+    return type == ScaleType::float32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
+  }
+};
+
+// 16 rows of blocks, read where a file has them and transposed on the way.
+template <class Block>
+struct Rows {
+  static constexpr bool kHasMinimum = false;
+  const char* rows;
+  size_t stride;
+
+  Rows(const Format&, int32_t K, const void* unit)
+      : rows(static_cast<const char*>(unit)),
+        stride(static_cast<size_t>(K / Block::kWeights) * sizeof(Block)) {}
+
+  VIVACE_MEMBER const char* at(int block) const {
+    return rows + static_cast<size_t>(block) * sizeof(Block);
+  }
+  VIVACE_MEMBER F32x16 row_scale() const { return set1(1.0f); }
+  VIVACE_MEMBER F32x16 minimum(int) const { return zero(); }
+};
+
+struct Q4_0 : Rows<BlockQ4_0> {
+  static constexpr int kGroup = 32, kMaxCode = 15;
+  using Rows::Rows;
+
+  VIVACE_MEMBER void unpack(int step, Bytes64* codes) {
+    transpose_rows(at(step) + 2, stride, codes);
+    VIVACE_UNROLL
+    for (int v = 0; v < 4; ++v) {
+      codes[v + 4] = bits_at<4, 15>(codes[v]);
+      codes[v] = bits_at<0, 15>(codes[v]);
+    }
+  }
+  VIVACE_MEMBER F32x16 scale(int group) const {
+    Bytes64 head;
+    transpose_rows<1>(at(group), stride, &head);
+    return low_halves(head, false);
+  }
+  VIVACE_MEMBER I32x16 offset(int, int32_t sum) const { return shift_left<3>(set1_i32(sum)); }
+};
+
+struct Q8_0 : Rows<BlockQ8_0> {
+  static constexpr int kGroup = 32, kMaxCode = 255;
+  using Rows::Rows;
+
+  VIVACE_MEMBER void unpack(int step, Bytes64* codes) {
+    transpose_rows(at(step) + 2, stride, codes);
+    transpose_rows(at(step) + 18, stride, codes + 4);
+    VIVACE_UNROLL
+    for (int j = 0; j < 8; ++j) codes[j] = to_unsigned(codes[j]);
+  }
+  VIVACE_MEMBER F32x16 scale(int group) const {
+    Bytes64 head;
+    transpose_rows<1>(at(group), stride, &head);
+    return low_halves(head, false);
+  }
+  VIVACE_MEMBER I32x16 offset(int, int32_t sum) const { return shift_left<7>(set1_i32(sum)); }
+};
+
+struct Q4_K : Rows<BlockQ4_K> {
+  static constexpr int kGroup = 32, kMaxCode = 15;
+  static constexpr bool kHasMinimum = true;
+  using Rows::Rows;
+
+  F32x16 block_scale, block_minimum;
+  Bytes64 head[4];  // scale and minimum, then the 12 bytes of groups
+  Bytes64 raw[8];   // of two groups
+
+  VIVACE_MEMBER void unpack(int step, Bytes64* codes) {
+    const char* block = at(step / 8);
+    const int group = step % 8;
+    if (group == 0) {
+      transpose_rows(block, stride, head);
+      block_scale = low_halves(head[0], false);
+      block_minimum = low_halves(head[0], true);
+    }
+    if (group % 2 == 0) {
+      transpose_rows(block + 16 + 16 * group, stride, raw);
+      transpose_rows(block + 32 + 16 * group, stride, raw + 4);
+      VIVACE_UNROLL
+      for (int j = 0; j < 8; ++j) codes[j] = bits_at<0, 15>(raw[j]);
+    } else {
+      VIVACE_UNROLL
+      for (int j = 0; j < 8; ++j) codes[j] = bits_at<4, 15>(raw[j]);
+    }
+  }
+  // Six bits of a group's scale (low 0) or minimum (low 1).
+  VIVACE_MEMBER F32x16 small(int step, int which) const {
+    const int group = step % 8, shift = 8 * (group % 4);
+    if (group < 4) return to_float(field(head[1 + which], shift, 63));
+    const I32x16 low = field(head[3], shift + 4 * which, 15);
+    return to_float(add_i32(low, shift_left<4>(field(head[1 + which], shift + 6, 3))));
+  }
+  VIVACE_MEMBER F32x16 scale(int group) const { return mul(block_scale, small(group, 0)); }
+  VIVACE_MEMBER F32x16 minimum(int group) const { return mul(block_minimum, small(group, 1)); }
+  VIVACE_MEMBER I32x16 offset(int, int32_t) const { return set1_i32(0); }
+};
+
+struct Q6_K : Rows<BlockQ6_K> {
+  static constexpr int kGroup = 16, kMaxCode = 63;
+  using Rows::Rows;
+
+  F32x16 block_scale;
+  Bytes64 scales[4];
+  Bytes64 low[16], high[8];  // of four steps
+
+  VIVACE_MEMBER void unpack(int step, Bytes64* codes) {
+    const char* block = at(step / 8);
+    const int half = step % 8 / 4, part = step % 4;
+    if (step % 8 == 0) {
+      transpose_rows(block + 192, stride, scales);
+      // The scale is the block's last two bytes: the upper half of the last four.
+      Bytes64 tail[4];
+      transpose_rows(block + 194, stride, tail);
+      block_scale = low_halves(tail[3], true);
+    }
+    if (part == 0) {
+      VIVACE_UNROLL
+      for (int i = 0; i < 4; ++i) transpose_rows(block + 64 * half + 16 * i, stride, low + 4 * i);
+      VIVACE_UNROLL
+      for (int i = 0; i < 2; ++i)
+        transpose_rows(block + 128 + 32 * half + 16 * i, stride, high + 4 * i);
+    }
+    VIVACE_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      switch (part) {
+        case 0:
+          codes[j] = or_shifted<4>(bits_at<0, 15>(low[j]), bits_at<0, 3>(high[j]));
+          break;
+        case 1:
+          codes[j] = or_shifted<4>(bits_at<0, 15>(low[8 + j]), bits_at<2, 3>(high[j]));
+          break;
+        case 2:
+          codes[j] = or_shifted<4>(bits_at<4, 15>(low[j]), bits_at<4, 3>(high[j]));
+          break;
+        default:
+          codes[j] = or_shifted<4>(bits_at<4, 15>(low[8 + j]), bits_at<6, 3>(high[j]));
+      }
+    }
+  }
+  VIVACE_MEMBER F32x16 scale(int group) const {
+    const int small = group % 16;
+    return mul(block_scale, to_float(signed_byte(scales[small / 4], 8 * (small % 4))));
+  }
+  VIVACE_MEMBER I32x16 offset(int, int32_t sum) const { return shift_left<5>(set1_i32(sum)); }
+};
+
+// ---------------------------------------------------------------- tiles
+
+struct Tile {
+  int32_t K, input_group;
+  Int8Layout input;
+  const char* x;
+  size_t x_stride;
+  const float* bias;
+  float* y;
+  int64_t ldy;
+  int outputs;
+  const char* next;  // weights that are read after these
+  size_t next_bytes_per_step;
+};
+
+VIVACE_INLINE const float* floats_at(const Tile& tile, int row, size_t at) {
+  return reinterpret_cast<const float*>(tile.x + static_cast<size_t>(row) * tile.x_stride + at);
+}
+
+template <class Source, int T>
+[[gnu::noinline]] void multiply_tile(Source source, const Tile& tile) {
+  F32x16 acc[T];
+  VIVACE_UNROLL
+  for (int r = 0; r < T; ++r) acc[r] = zero();
+  const char* x = tile.x;
+  const size_t stride = tile.x_stride;
+  const int num_steps = (tile.K + kStepInputs - 1) / kStepInputs;
+  const auto input = [&](int r, int step) {
+    return reinterpret_cast<const int8_t*>(x + static_cast<size_t>(r) * stride + 32 * step);
+  };
+  const auto number = [&](int r, size_t at, int group) {
+    int32_t value;
+    __builtin_memcpy(&value, x + static_cast<size_t>(r) * stride + at + 4 * group, 4);
+    return value;
+  };
+  const char* next = tile.next;
+  const auto join = [&](int r, I32x16 sum, int group, F32x16 scale) {
+    const float own = float_of(static_cast<uint32_t>(number(r, tile.input.scales_at, group)));
+    acc[r] = fma(to_float(sum), mul(scale, set1(own)), acc[r]);
+  };
+  const auto prefetch = [&] {
+    for (size_t line = 0; line < tile.next_bytes_per_step; line += 64)
+      __builtin_prefetch(next + line, 0, 2);
+    next += tile.next_bytes_per_step;
+  };
+  Bytes64 codes[8];
+  if constexpr (Source::kGroup == 16) {
+    for (int step = 0; step < num_steps; ++step) {
+      prefetch();
+      source.unpack(step, codes);
+      VIVACE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int group = 2 * step + half;
+        const F32x16 scale = source.scale(group);
+        VIVACE_UNROLL
+        for (int r = 0; r < T; ++r) {
+          const I32x16 start = source.offset(group, number(r, tile.input.sums_at, group));
+          join(r, dot<4, Source::kMaxCode>(start, codes + 4 * half, input(r, step) + 16 * half),
+               group, scale);
+        }
+      }
+    }
+  } else if constexpr (Source::kGroup == 32) {
+    for (int step = 0; step < num_steps; ++step) {
+      prefetch();
+      source.unpack(step, codes);
+      const F32x16 scale = source.scale(step), minimum = source.minimum(step);
+      VIVACE_UNROLL
+      for (int r = 0; r < T; ++r) {
+        const I32x16 start = source.offset(step, number(r, tile.input.sums_at, step));
+        join(r, dot<8, Source::kMaxCode>(start, codes, input(r, step)), step, scale);
+        if constexpr (Source::kHasMinimum) {
+          const auto product =
+              float_of(static_cast<uint32_t>(number(r, tile.input.products_at, step)));
+          acc[r] = fma(minimum, set1(product), acc[r]);
+        }
+      }
+    }
+  } else if (tile.input_group == 32) {
+    for (int step = 0; step < num_steps; ++step) {
+      prefetch();
+      source.unpack(step, codes);
+      const F32x16 scale = source.scale(step);
+      VIVACE_UNROLL
+      for (int r = 0; r < T; ++r) {
+        const I32x16 start = source.offset(step, number(r, tile.input.sums_at, step));
+        join(r, dot<8, Source::kMaxCode>(start, codes, input(r, step)), step, scale);
+      }
+    }
+  } else {
+    const int steps_per_group = tile.input_group / kStepInputs;
+    for (int step = 0, group = 0; step < num_steps; ++group) {
+      I32x16 sums[T];
+      VIVACE_UNROLL
+      for (int r = 0; r < T; ++r)
+        sums[r] = source.offset(group, number(r, tile.input.sums_at, group));
+      const int end = step + steps_per_group < num_steps ? step + steps_per_group : num_steps;
+      for (; step < end; ++step) {
+        prefetch();
+        source.unpack(step, codes);
+        VIVACE_UNROLL
+        for (int r = 0; r < T; ++r)
+          sums[r] = dot<8, Source::kMaxCode>(sums[r], codes, input(r, step));
+      }
+      const F32x16 scale = source.scale(group);
+      VIVACE_UNROLL
+      for (int r = 0; r < T; ++r) join(r, sums[r], group, scale);
+    }
+  }
+  const F32x16 row_scale = source.row_scale();
+  const F32x16 bias = tile.bias == nullptr ? zero() : load_first(tile.bias, tile.outputs);
+  VIVACE_UNROLL
+  for (int r = 0; r < T; ++r) {
+    F32x16 out = mul(acc[r], row_scale);
+    if (tile.bias != nullptr) out = add(out, bias);
+    if (tile.outputs == kPanelOutputs)
+      store(tile.y + r * tile.ldy, out);
+    else
+      store_first(tile.y + r * tile.ldy, out, tile.outputs);
+  }
+}
+
+template <class Source>
+void multiply_rows(int T, const Source& source, const Tile& tile) {
+  switch (T) {
+#if VIVACE_LEVEL >= 2
+    case 8:
+      return multiply_tile<Source, 8>(source, tile);
+    case 7:
+      return multiply_tile<Source, 7>(source, tile);
+    case 6:
+      return multiply_tile<Source, 6>(source, tile);
+    case 5:
+      return multiply_tile<Source, 5>(source, tile);
+#endif
+    case 4:
+      return multiply_tile<Source, 4>(source, tile);
+    case 3:
+      return multiply_tile<Source, 3>(source, tile);
+    case 2:
+      return multiply_tile<Source, 2>(source, tile);
+    default:
+      return multiply_tile<Source, 1>(source, tile);
+  }
+}
+
+template <class Source>
+void multiply_as(const Format& format, const LinearItem& item) {
+  const size_t unit = unit_bytes(format, item.K);
+  const int tiles = (item.M + kTileRows - 1) / kTileRows;
+  const auto* weight = static_cast<const char*>(item.weight);
+  Tile tile;
+  tile.K = item.K;
+  tile.input_group = format.input.group;
+  tile.input = int8_layout(format.input, item.K);
+  tile.x_stride = item.x_stride;
+  tile.ldy = item.ldy;
+  const size_t steps = (static_cast<size_t>(item.K) + kStepInputs - 1) / kStepInputs;
+  for (int n = 0; n < item.rows; n += kPanelOutputs, weight += unit) {
+    const Source source(format, item.K, weight);
+    tile.outputs = item.rows - n < kPanelOutputs ? item.rows - n : kPanelOutputs;
+    tile.bias = item.bias == nullptr ? nullptr : item.bias + n;
+    tile.next = n + kPanelOutputs < item.rows ? weight + unit : static_cast<const char*>(item.next);
+    for (int m = 0, i = 0; i < tiles; ++i) {
+      const int count = (item.M - m) / (tiles - i);  // even shares
+      tile.x = static_cast<const char*>(item.x) + static_cast<size_t>(m) * item.x_stride;
+      tile.y = item.y + m * item.ldy + n;
+      tile.next_bytes_per_step = i > 0 || tile.next == nullptr ? 0 : unit / steps;
+      multiply_rows(count, source, tile);
+      m += count;
+    }
+  }
+}
+
+void multiply(const Format& format, const LinearItem& item) {
+  switch (format.storage) {
+    case Storage::q4_0:
+      return multiply_as<Q4_0>(format, item);
+    case Storage::q8_0:
+      return multiply_as<Q8_0>(format, item);
+    case Storage::q4_k:
+      return multiply_as<Q4_K>(format, item);
+    case Storage::q6_k:
+      return multiply_as<Q6_K>(format, item);
+    default:
+      break;
+  }
+  switch (format.bits) {
+    case 2:
+      return multiply_as<Panels<2>>(format, item);
+    case 3:
+      return multiply_as<Panels<3>>(format, item);
+    case 4:
+      return multiply_as<Panels<4>>(format, item);
+    default:
+      return multiply_as<Panels<8>>(format, item);
+  }
+}
+
+// ---------------------------------------------------------------- inputs
+
+// Inputs below this magnitude count as zero: 127 divided by them could overflow.
+constexpr uint32_t kTinyBits = 0x0d800000;  // 2^-100
+
+void prepare(const InputFormat& format, int32_t K, const float* row, void* out) {
+  const Int8Layout layout = int8_layout(format, K);
+  auto* codes = static_cast<int8_t*>(out);
+  auto* scales = reinterpret_cast<float*>(codes + layout.scales_at);
+  auto* sums = reinterpret_cast<int32_t*>(codes + layout.sums_at);
+  auto* products = reinterpret_cast<float*>(codes + layout.products_at);
+  const int num_vectors = format.group / 16;
+  for (int32_t group = 0; group < layout.num_groups; ++group) {
+    const int32_t first = group * format.group;
+    const auto vector = [&](int i) {
+      const int32_t k = first + 16 * i;
+      return k + 16 <= K ? load(row + k) : k < K ? load_first(row + k, K - k) : zero();
+    };
+    I32x16 most = set1_i32(0);
+    for (int i = 0; i < num_vectors; ++i) most = max_magnitude(most, vector(i));
+    const auto bits = static_cast<uint32_t>(reduce_max_i32(most));
+    const float size = float_of(bits);
+    const bool is_usual = bits >= kTinyBits && bits < 0x7f800000u;
+    const F32x16 inverse = set1(is_usual ? 127.0f / size : 0.0f);
+    I32x16 sum = set1_i32(0);
+    for (int i = 0; i < num_vectors; ++i) {
+      const I32x16 whole =
+          is_usual ? round_to_i32(mul(vector(i), inverse)) : set1_i32(0);
+      store_low_bytes(codes + first + 16 * i, whole);
+      sum = add_i32(sum, whole);
+    }
+    // What is not finite stays so: as a scale it spoils every output.
+    scales[group] = is_usual ? size / 127.0f : bits < kTinyBits ? 0.0f : size;
+    sums[group] = -reduce_add_i32(sum);
+    products[group] = scales[group] * static_cast<float>(sums[group]);
+  }
+}
+
+// ---------------------------------------------------------------- rows of a matrix
+
+template <class Source>
+void read_row(const Format& format, int32_t K, const void* unit, int output, float factor,
+              float* y) {
+  Source source(format, K, unit);
+  const float row_scale = [&] {
+    float lanes[16];
+    store(lanes, source.row_scale());
+    return lanes[output];
+  }();
+  Bytes64 codes[8];
+  for (int32_t k = 0; k < K; k += 16) {
+    uint8_t bytes[4][64];
+    const int step = k / kStepInputs, first = k % kStepInputs / 4;
+    if (first == 0) source.unpack(step, codes);
+    for (int j = 0; j < 4; ++j) store_bytes(bytes[j], codes[first + j]);
+    const int group = Source::kGroup != 0 ? k / Source::kGroup
+                      : format.group != 0 ? k / format.group
+                                          : 0;
+    float scales[16], minimums[16];
+    int32_t offsets[16];
+    store(scales, source.scale(group));
+    store(minimums, source.minimum(group));
+    const I32x16 offset = source.offset(group, -1);
+    __builtin_memcpy(offsets, &offset, 64);
+    const float scale = scales[output] * row_scale;
+    for (int i = 0; i < 16 && k + i < K; ++i) {
+      const int code = bytes[i / 4][4 * output + i % 4] + offsets[output];
+      float value = static_cast<float>(code) * scale;
+      if constexpr (Source::kHasMinimum) value = value - minimums[output];
+      y[k + i] = factor * value;
+    }
+  }
+}
+
+void read(const Format& format, int32_t K, const void* unit, int output, float factor, float* y) {
+  switch (format.storage) {
+    case Storage::q4_0:
+      return read_row<Q4_0>(format, K, unit, output, factor, y);
+    case Storage::q8_0:
+      return read_row<Q8_0>(format, K, unit, output, factor, y);
+    case Storage::q4_k:
+      return read_row<Q4_K>(format, K, unit, output, factor, y);
+    case Storage::q6_k:
+      return read_row<Q6_K>(format, K, unit, output, factor, y);
+    default:
+      break;
+  }
+  switch (format.bits) {
+    case 2:
+      return read_row<Panels<2>>(format, K, unit, output, factor, y);
+    case 3:
+      return read_row<Panels<3>>(format, K, unit, output, factor, y);
+    case 4:
+      return read_row<Panels<4>>(format, K, unit, output, factor, y);
+    default:
+      return read_row<Panels<8>>(format, K, unit, output, factor, y);
+  }
+}
+
+// ---------------------------------------------------------------- what the machine can do at most
+
+double peak(int64_t rounds) {
+  constexpr int kChains = VIVACE_LEVEL >= 2 ? 24 : 4;
+  uint8_t raw[64];
+  int8_t four[32];
+  for (int i = 0; i < 64; ++i) raw[i] = 3;
+  for (int i = 0; i < 32; ++i) four[i] = 1;
+  Bytes64 codes[8];
+  for (Bytes64& vector : codes) vector = load_bytes(raw);
+  I32x16 sums[kChains];
+  VIVACE_UNROLL
+  for (int i = 0; i < kChains; ++i) sums[i] = set1_i32(i);
+  for (int64_t round = 0; round < rounds; ++round) {
+    VIVACE_UNROLL
+    for (int i = 0; i < kChains; ++i) sums[i] = dot<8, 15>(sums[i], codes, four);
+    __asm__ volatile("" : : : "memory");
+  }
+  int32_t total = 0;
+  VIVACE_UNROLL
+  for (int i = 0; i < kChains; ++i) total += reduce_add_i32(sums[i]);
+  __asm__ volatile("" : : "m"(total));
+  return static_cast<double>(rounds) * kChains * 8 * 128;
+}
+
+}  // namespace
+
+extern const IntegerKernels integer_kernels;
+const IntegerKernels integer_kernels = {prepare, multiply, read, peak};
+
+}  // namespace vivace::VIVACE_ISA

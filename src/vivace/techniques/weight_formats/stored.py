@@ -1,0 +1,57 @@
+"""Every matrix as its file stores it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vivace.registry import TechniqueInfo
+from vivace.techniques.weight_formats._kernels import BLOCKS, unit_rows
+from vivace.techniques.weight_formats._plain import convert
+from vivace.techniques.weight_formats.base import Grid, Matrix, Packed, WeightFormat
+
+INFO = TechniqueInfo(summary="as the file stores it, matrix by matrix; what cannot be: float16")
+
+
+@dataclass(frozen=True)
+class Config:
+    """No options."""
+
+
+class Stored(WeightFormat):
+    """Reads quantized matrices where a file has them; floats keep their type, inputs float32.
+
+    Blocks of GGUF that no kernel reads in place (all but Q4_0, Q8_0, Q4_K and Q6_K, or rows that
+    are no multiple of 16) are decoded to float16.
+    Cost: the bytes of the file per token.
+    """
+
+    @property
+    def grid(self) -> Grid:
+        return Grid("stored", 16)  # at most, where nothing is said of the matrix
+
+    def num_bytes(self, weight: Matrix | Packed) -> int:
+        if isinstance(weight, np.ndarray):
+            return weight.nbytes
+        if isinstance(weight, Packed) or _block_kernel(weight) is not None:
+            return weight.num_bytes  # type: ignore[union-attr]
+        return super().num_bytes(weight)
+
+    def pack(self, weight: Matrix | Packed) -> Packed:
+        if isinstance(weight, Packed):
+            return weight
+        shape = weight.shape[0], weight.shape[1]
+        kernel = _block_kernel(weight)
+        if kernel is not None:
+            return Packed(kernel, shape, weight.raw)  # type: ignore[attr-defined]
+        dtype = weight.dtype if isinstance(weight, np.ndarray) else np.dtype(np.float16)
+        name = dtype.name if dtype == np.float32 else f"{dtype.name}_float32"
+        return Packed(name, shape, convert(weight, dtype))
+
+
+def _block_kernel(weight: Matrix) -> str | None:
+    """The kernel that reads a matrix of blocks where it lies."""
+    kind = getattr(weight, "type", None)  # of a BlockTensor
+    kernel = "" if kind is None else kind.name.lower()
+    return kernel if kernel in BLOCKS and weight.shape[0] % unit_rows(kernel) == 0 else None
