@@ -54,10 +54,10 @@ class Program:
         """Tables [num_positions, rotary_dim/2]; may be replaced by longer ones."""
 
     def add_group(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None: ...
-    def set_embedding(
-        self, weight: _Packed, scale: float, positions: _Packed | None
+    def set_embedding(self, weight: _Packed, scale: float, positions: _Packed | None) -> None: ...
+    def set_head(
+        self, spec: HeadSpec, linear: Sequence[_Bound], norm: _BoundNorm | None
     ) -> None: ...
-    def set_head(self, spec: HeadSpec, linear: Sequence[_Bound], norm: _BoundNorm | None) -> None: ...
     def add_attention(
         self,
         spec: AttentionBlock,

@@ -151,7 +151,7 @@ def test_formats_pack_blocks(name, storage):
     else:
         raw = gguf.quants.quantize(values, GGMLQuantizationType[name])
     tensor = BlockTensor(next(t for t in TYPES.values() if t.name == name), raw)
-    packed = FORMATS.create(storage).pack(tensor)
+    packed = FORMATS.create(storage).pack(tensor).data
     wanted = dequantized(raw, name).astype(getattr(ml_dtypes, storage, storage))
     assert_same_bits(packed, wanted)
 
@@ -163,7 +163,7 @@ def test_packing_makes_no_second_copy():
     bfloat16 = FORMATS.create("bfloat16")
     for matrix in (blocks, floats):
         tracemalloc.start()
-        packed = bfloat16.pack(matrix)
+        packed = bfloat16.pack(matrix).data
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert packed.nbytes == 2 * 8192 * 2048
@@ -176,14 +176,14 @@ def test_packing_says_what_overflows_and_leaves_what_was_not_finite():
     raw[:, ::17] = 120
     raw[2, 17] = 200  # a scale of 2^73
     tensor = BlockTensor(TYPES[39], raw)
-    assert np.isfinite(bfloat16.pack(tensor).astype(np.float32)).all()
+    assert np.isfinite(bfloat16.pack(tensor).data.astype(np.float32)).all()
     with pytest.raises(BadFile, match="not finite as float16"):
         float16.pack(tensor)
     with pytest.raises(BadFile, match="not finite as float16"):
         float16.pack(np.full((2, 2), -1e6, np.float32))
     for value in (np.nan, np.inf, -np.inf):
         weight = np.array([[1, value]], np.float32)
-        np.testing.assert_array_equal(float16.pack(weight).astype(np.float32), weight)
+        np.testing.assert_array_equal(float16.pack(weight).data.astype(np.float32), weight)
 
 
 def test_the_native_executor_names_a_tensor_with_a_bad_scale():

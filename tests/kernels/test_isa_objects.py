@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
-WIDE = ("avx512bf16::", "avx512::")
+WIDE = ("avx512bf16::", "avx512vnni::", "avx512::")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def is_kernel_of(name: str, *spaces: str) -> bool:
 
 
 def test_kernels_are_found(registers: dict[str, set[str]]) -> None:
-    for space, kind in (("avx512bf16::", "%zmm"), ("avx512::", "%zmm"), ("avx2::", "%ymm")):
+    for space, kind in (*((wide, "%zmm") for wide in WIDE), ("avx2::", "%ymm")):
         assert any(is_kernel_of(name, space) and kind in used for name, used in registers.items())
     assert any(is_kernel_of(name, "generic::") for name in registers)
 

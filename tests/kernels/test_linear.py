@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from vivace import _native
+from vivace.errors import NativeError
+from vivace.techniques.weight_formats.base import Packed
 
 STORAGE = {
     "float32": np.dtype(np.float32),
@@ -63,7 +65,7 @@ def sample(seed: int, num_in: int, num_out: int, storage: np.dtype):
 
 
 def make(name: str, weight: np.ndarray, bias: np.ndarray | None, isa: str = "", threads: int = 1):
-    return _native.Linear(name, weight.shape[1], [bytes_of(weight)], [bias], isa, threads)
+    return _native.Linear([(Packed(name, weight.shape, weight), bias)], isa, threads)
 
 
 def expected(name: str, x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -144,7 +146,8 @@ def test_bits_do_not_depend_on_threads(threads: int) -> None:
 def test_nothing_around_a_matrix_is_read(name: str, isa: str, place) -> None:
     for num_in, num_out in SHAPES:
         x, weight, bias = sample(6, num_in, num_out, STORAGE[name])
-        placed = _native.Linear(name, num_in, [place(weight)], [bias], isa, 1)
+        packed = Packed(name, weight.shape, place(weight))
+        placed = _native.Linear([(packed, bias)], isa, 1)
         plain = make(name, weight, bias, isa)
         for rows in (1, 2, 5, MAX_ROWS):
             np.testing.assert_array_equal(bits_of(placed(x[:rows])), bits_of(plain(x[:rows])))
@@ -153,9 +156,9 @@ def test_nothing_around_a_matrix_is_read(name: str, isa: str, place) -> None:
 def test_groups_put_outputs_side_by_side() -> None:
     x, weight, bias = sample(7, 70, 50, STORAGE["bfloat16"])
     cuts = [(0, 30), (30, 33), (33, 50)]
-    parts = [bytes_of(weight[a:b]) for a, b in cuts]
+    parts = [Packed("bfloat16", (b - a, 70), weight[a:b]) for a, b in cuts]
     biases = [bias[:30], None, bias[33:]]
-    group = _native.Linear("bfloat16", 70, parts, biases, "", 2)
+    group = _native.Linear(list(zip(parts, biases, strict=True)), "", 2)
     alone = bias.copy()
     alone[30:33] = 0
     for rows in (1, 6, 20):
@@ -164,13 +167,13 @@ def test_groups_put_outputs_side_by_side() -> None:
 
 def test_bad_arguments_are_refused() -> None:
     _, weight, bias = sample(8, 16, 4, STORAGE["bfloat16"])
-    with pytest.raises(ValueError, match="no kernel for the format 'int3'"):
-        make("int3", weight, None)
-    with pytest.raises(ValueError, match="multiple of 32"):
-        _native.Linear("bfloat16", 16, [bytes_of(weight)[:-2]], [None])
-    with pytest.raises(ValueError, match="another length"):
+    with pytest.raises(NativeError, match="no kernel for the format 'int5/32/float16'"):
+        make("int5/32/float16", weight, None)
+    with pytest.raises(NativeError, match="has 126 bytes: expected 128"):
+        _native.Linear([(Packed("bfloat16", (4, 16), bytes_of(weight)[:-2]), None)])
+    with pytest.raises(NativeError, match="another length"):
         make("bfloat16", weight, bias[:3])
-    with pytest.raises(ValueError, match="17 columns: expected 16"):
+    with pytest.raises(NativeError, match="17 columns: expected 16"):
         make("bfloat16", weight, None)(np.zeros((1, 17), np.float32))
     with pytest.raises(ValueError, match="instruction set 'sse9' is unknown: use one of generic"):
         make("bfloat16", weight, None, "sse9")

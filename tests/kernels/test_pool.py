@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from vivace import _native
+from vivace.techniques.weight_formats.base import Packed
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -22,7 +23,7 @@ def test_every_item_runs_once_per_job(threads: int, items: int) -> None:
 
 def test_callers_of_one_pool_queue_up() -> None:
     weight = np.ones((64, 32), np.float32)
-    linear = _native.Linear("float32", 32, [weight.reshape(-1).view(np.uint8)], [None], "", 3)
+    linear = _native.Linear([(Packed("float32", weight.shape, weight), None)], "", 3)
     x = np.ones((40, 32), np.float32)
     wrong: list[int] = []
 
@@ -42,7 +43,7 @@ def test_callers_of_one_pool_queue_up() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_pool_works_in_the_child_of_a_fork() -> None:
     weight = np.ones((64, 32), np.float32)
-    linear = _native.Linear("float32", 32, [weight.reshape(-1).view(np.uint8)], [None], "", 3)
+    linear = _native.Linear([(Packed("float32", weight.shape, weight), None)], "", 3)
     x = np.ones((40, 32), np.float32)
     assert (linear(x) == 32).all()
     with warnings.catch_warnings():

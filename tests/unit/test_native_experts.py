@@ -36,6 +36,7 @@ from vivace.blocks import (
 )
 from vivace.errors import NativeError
 from vivace.executors.native import NativeExecutor
+from vivace.techniques.weight_formats.base import Packed
 from vivace.techniques.weight_formats.bfloat16 import Bfloat16
 from vivace.types import Wants
 
@@ -251,7 +252,7 @@ def test_an_expert_may_be_rows_of_a_stacked_tensor(
     packed: list[np.ndarray] = []
     pack = Bfloat16.pack
 
-    def record(self: Bfloat16, weight: np.ndarray) -> np.ndarray:
+    def record(self: Bfloat16, weight: np.ndarray) -> Packed:
         packed.append(weight)
         return pack(self, weight)
 
@@ -265,7 +266,7 @@ def test_an_expert_may_be_rows_of_a_stacked_tensor(
     assert len(refs) > 30
     if weight_format == "float32":
         for ref in refs:
-            assert np.shares_memory(native._tensors.matrix(ref), stacked[ref.name])
+            assert np.shares_memory(native._tensors.matrix(ref).data, stacked[ref.name])
     else:
         whole = {id(array) for array in stacked.values()}
         sizes = Counter(array.shape for array in packed if id(array.base) in whole)
