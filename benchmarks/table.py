@@ -98,6 +98,30 @@ def agreement_table(agreement: dict[str, Any]) -> str:
     return "\n".join([*head, *rows, "", note])
 
 
+def formats_table(results: dict[str, Any]) -> str:
+    """What weight formats cost in quality, by bits per weight."""
+    rows = [
+        "| format | bits per weight | perplexity, text | KL, text | KL, exercises | top-1, answers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, values in results["formats"].items():
+        cells = (
+            name,
+            f"{values['bits_per_weight']:.3f}",
+            f"{values['perplexity']:.3f}",
+            f"{values['text']['kl_mean']:.1e}",
+            f"{values['exercises']['kl_mean']:.1e}",
+            f"{values['answers']['top1']:.2%}",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    counts = results["rows"]
+    note = (
+        f"{counts['text']} rows of held-out text, {counts['exercises']} of exercises, of which "
+        f"{counts['answers']} are answers; {results['machine']['date']}, `{results['command']}`."
+    )
+    return "\n".join([*rows, "", note])
+
+
 def insert(page: Path, name: str, text: str) -> None:
     """Replace what stands between a page's marks `<!-- name -->` and `<!-- /name -->`."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -110,6 +134,7 @@ def main() -> None:
     pages = (
         (ROOT / "README.md", "results", "core", table),
         (ROOT / "docs" / "models.md", "agreement", "agreement", agreement_table),
+        (ROOT / "docs" / "formats.md", "formats", "formats", formats_table),
     )
     for page, mark, name, make in pages:
         insert(page, mark, make(json.loads((RESULTS / f"{name}.json").read_text())))

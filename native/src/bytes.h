@@ -287,77 +287,92 @@ VIVACE_INLINE F32x16 low_halves(Bytes64 x, bool high) {
 
 // ---------------------------------------------------------------- products
 
-// sum + codes[j] . x[4 j .. 4 j + 3] over kCount vectors; lanes are outputs. No code is above
-// kMaxCode, inputs are -127..127. Without VNNI, pairs of products are added in 16 bits as far as
-// they fit: kMaxCode * 127 * 2 * chain < 2^15; larger codes are taken apart into halves.
+#if VIVACE_LEVEL == 1 || VIVACE_LEVEL == 2
+#if VIVACE_LEVEL == 2
+using Lanes = __m512i;
+#define VIVACE_M(name) _mm512_##name
+#else
+using Lanes = __m256i;
+#define VIVACE_M(name) _mm256_##name
+#endif
+
+// Pairs of products are added in 16 bits as far as they fit: kMaxCode * 127 * 2 * chain < 2^15;
+// larger codes are taken apart into halves.
 template <int kCount, int kMaxCode>
-VIVACE_INLINE I32x16 dot(I32x16 sum, const Bytes64* codes, const int8_t* x) {
-#if VIVACE_LEVEL >= 3
-  VIVACE_UNROLL
-  for (int j = 0; j < kCount; ++j) {
+VIVACE_INLINE Lanes dot_pairs(Lanes sum, const Lanes* codes, const int8_t* x) {
+  const auto input = [&](int j) {
     int32_t four;
     __builtin_memcpy(&four, x + 4 * j, 4);
-    sum.v = _mm512_dpbusd_epi32(sum.v, codes[j].v, _mm512_set1_epi32(four));
+    return VIVACE_M(set1_epi32)(four);
+  };
+  const auto take = [&](Lanes pairs, int16_t weight) {
+    sum = VIVACE_M(add_epi32)(sum, VIVACE_M(madd_epi16)(pairs, VIVACE_M(set1_epi16)(weight)));
+  };
+  if constexpr (kMaxCode <= 63) {
+    constexpr int kChain = kMaxCode <= 15 ? 8 : kMaxCode <= 31 ? 4 : 2;
+    VIVACE_UNROLL
+    for (int first = 0; first < kCount; first += kChain) {
+      Lanes pairs = VIVACE_M(maddubs_epi16)(codes[first], input(first));
+      for (int j = first + 1; j < first + kChain && j < kCount; ++j)
+        pairs = VIVACE_M(add_epi16)(pairs, VIVACE_M(maddubs_epi16)(codes[j], input(j)));
+      take(pairs, 1);
+    }
+  } else {
+    const Lanes mask = VIVACE_M(set1_epi8)(15);
+    Lanes low = VIVACE_M(set1_epi8)(0), high = low;
+    VIVACE_UNROLL
+    for (int j = 0; j < kCount; ++j) {
+      const Lanes lower = codes[j] & mask, upper = VIVACE_M(srli_epi16)(codes[j], 4) & mask;
+      low = VIVACE_M(add_epi16)(low, VIVACE_M(maddubs_epi16)(lower, input(j)));
+      high = VIVACE_M(add_epi16)(high, VIVACE_M(maddubs_epi16)(upper, input(j)));
+    }
+    take(low, 1);
+    take(high, 16);
   }
   return sum;
-#elif VIVACE_LEVEL >= 1
-#if VIVACE_LEVEL == 2
-  using V = __m512i;
-#define VIVACE_M(name) _mm512_##name
-  const auto one_half = [&](V& total, auto part) {
-#else
-  using V = __m256i;
-#define VIVACE_M(name) _mm256_##name
-  const auto one_half = [&](V& total, auto part) {
+}
+#undef VIVACE_M
 #endif
-    const auto input = [&](int j) {
+
+// sums[r] + codes[j] . x[4 j .. 4 j + 3] over kCount vectors, where x = input(r), for T rows; lanes
+// are outputs. No code is above kMaxCode, inputs are -127..127.
+template <int T, int kCount, int kMaxCode, class Input>
+VIVACE_INLINE void dot(I32x16* sums, const Bytes64* codes, Input input) {
+#if VIVACE_LEVEL >= 3
+  VIVACE_UNROLL
+  for (int r = 0; r < T; ++r) {
+    const int8_t* x = input(r);
+    VIVACE_UNROLL
+    for (int j = 0; j < kCount; ++j) {
       int32_t four;
       __builtin_memcpy(&four, x + 4 * j, 4);
-      return VIVACE_M(set1_epi32)(four);
-    };
-    const auto take = [&](V pairs, int weight) {
-      total = VIVACE_M(add_epi32)(total,
-                                  VIVACE_M(madd_epi16)(pairs, VIVACE_M(set1_epi16)(weight)));
-    };
-    if constexpr (kMaxCode <= 63) {
-      constexpr int kChain = kMaxCode <= 15 ? 8 : kMaxCode <= 31 ? 4 : 2;
-      VIVACE_UNROLL
-      for (int first = 0; first < kCount; first += kChain) {
-        V pairs = VIVACE_M(maddubs_epi16)(part(codes[first]), input(first));
-        for (int j = first + 1; j < first + kChain && j < kCount; ++j)
-          pairs = VIVACE_M(add_epi16)(pairs, VIVACE_M(maddubs_epi16)(part(codes[j]), input(j)));
-        take(pairs, 1);
-      }
-    } else {
-      const V mask = VIVACE_M(set1_epi8)(15);
-      V low = VIVACE_M(set1_epi8)(0), high = low;
-      VIVACE_UNROLL
-      for (int j = 0; j < kCount; ++j) {
-        const V code = part(codes[j]), four = input(j);
-        const V lower = code & mask, upper = VIVACE_M(srli_epi16)(code, 4) & mask;
-        low = VIVACE_M(add_epi16)(low, VIVACE_M(maddubs_epi16)(lower, four));
-        high = VIVACE_M(add_epi16)(high, VIVACE_M(maddubs_epi16)(upper, four));
-      }
-      take(low, 1);
-      take(high, 16);
+      sums[r].v = _mm512_dpbusd_epi32(sums[r].v, codes[j].v, _mm512_set1_epi32(four));
     }
-  };
-#undef VIVACE_M
-#if VIVACE_LEVEL == 2
-  one_half(sum.v, [](const Bytes64& b) { return b.v; });
+  }
+#elif VIVACE_LEVEL == 2
+  Lanes lanes[kCount];
+  for (int j = 0; j < kCount; ++j) lanes[j] = codes[j].v;
+  VIVACE_UNROLL
+  for (int r = 0; r < T; ++r)
+    sums[r].v = dot_pairs<kCount, kMaxCode>(sums[r].v, lanes, input(r));
+#elif VIVACE_LEVEL == 1
+  Lanes half[kCount];  // eight outputs at a time: their codes fit the registers
+  for (int j = 0; j < kCount; ++j) half[j] = codes[j].lo;
+  VIVACE_UNROLL
+  for (int r = 0; r < T; ++r)
+    sums[r].lo = dot_pairs<kCount, kMaxCode>(sums[r].lo, half, input(r));
+  for (int j = 0; j < kCount; ++j) half[j] = codes[j].hi;
+  VIVACE_UNROLL
+  for (int r = 0; r < T; ++r)
+    sums[r].hi = dot_pairs<kCount, kMaxCode>(sums[r].hi, half, input(r));
 #else
-  one_half(sum.lo, [](const Bytes64& b) { return b.lo; });
-  one_half(sum.hi, [](const Bytes64& b) { return b.hi; });
-#endif
-  return sum;
-#else
-  for (int j = 0; j < kCount; ++j)
-    for (int i = 0; i < 4; ++i) {
-      Int16Lanes code;
-      for (int o = 0; o < 16; ++o) code[o] = codes[j].v[4 * o + i];
-      sum.v += code * x[4 * j + i];
-    }
-  return sum;
+  for (int r = 0; r < T; ++r)
+    for (int j = 0; j < kCount; ++j)
+      for (int i = 0; i < 4; ++i) {
+        Int16Lanes code;
+        for (int o = 0; o < 16; ++o) code[o] = codes[j].v[4 * o + i];
+        sums[r].v += code * input(r)[4 * j + i];
+      }
 #endif
 }
 

@@ -24,10 +24,10 @@ const Named kNamed[] = {
     {"bfloat16_float32", {Storage::bfloat16, {InputType::float32}}},
     {"float16", {Storage::float16, {InputType::float16}}},
     {"float16_float32", {Storage::float16, {InputType::float32}}},
-    {"q4_0", {Storage::q4_0, {InputType::int8, 32}}},
-    {"q8_0", {Storage::q8_0, {InputType::int8, 32}}},
-    {"q4_k", {Storage::q4_k, {InputType::int8, 32}}},
-    {"q6_k", {Storage::q6_k, {InputType::int8, 16}}},
+    {"q4_0", {Storage::q4_0, {InputType::int8, 32, 8}}},
+    {"q8_0", {Storage::q8_0, {InputType::int8, 32, 128}}},
+    {"q4_k", {Storage::q4_k, {InputType::int8, 32, 0}}},
+    {"q6_k", {Storage::q6_k, {InputType::int8, 16, 32}}},
 };
 const char* const kScaleNames[] = {"float32", "float16", "bfloat16", "e8m0"};
 
@@ -66,7 +66,8 @@ Format codes_from_name(const std::string& name) {
   format.scale = static_cast<ScaleType>(scale - std::begin(kScaleNames));
   if (parts.size() == 4 && parts[3] != "zeros") fail(name);
   format.has_zeros = parts.size() == 4;
-  format.input = {InputType::int8, format.group == 0 ? kRowInputGroup : format.group};
+  format.input = {InputType::int8, format.group == 0 ? kRowInputGroup : format.group,
+                  format.has_zeros ? 1 : 1 << (format.bits - 1)};
   return format;
 }
 
@@ -182,11 +183,10 @@ Int8Layout int8_layout(const InputFormat& input, int32_t K) {
   Int8Layout layout;
   layout.padded_K = static_cast<int32_t>(round_up(K, std::max(input.group, kStepInputs)));
   layout.num_groups = layout.padded_K / input.group;
-  const size_t values = round_up(layout.num_groups * sizeof(float), 64);
   layout.scales_at = round_up(layout.padded_K, 64);
-  layout.sums_at = layout.scales_at + values;
-  layout.products_at = layout.sums_at + values;
-  layout.bytes = layout.products_at + values;
+  layout.products_at =
+      layout.scales_at + round_up(layout.num_groups * sizeof(InputScale), 64);
+  layout.bytes = layout.products_at + round_up(layout.num_groups * sizeof(float), 64);
   return layout;
 }
 

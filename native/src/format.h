@@ -13,12 +13,13 @@ namespace vivace {
 enum class Storage : uint8_t { float32, bfloat16, float16, codes, q4_0, q8_0, q4_k, q6_k };
 enum class ScaleType : uint8_t { float32, float16, bfloat16, e8m0 };  // e8m0: 2^(byte - 127)
 
-// int8: whole numbers -127..127 and a float32 scale for each `group` inputs.
+// int8: whole numbers -127..127 with a float32 scale for each `group` inputs, and their sums times
+// `zero`, which is what codes with that zero have too much.
 enum class InputType : uint8_t { float32, bfloat16, float16, int8 };
 
 struct InputFormat {
   InputType type = InputType::float32;
-  int32_t group = 0;
+  int32_t group = 0, zero = 1;
   friend bool operator==(const InputFormat&, const InputFormat&) = default;
 };
 
@@ -65,11 +66,17 @@ size_t matrix_bytes(const Format& format, int32_t rows, int32_t K);
 // Bytes of a prepared row, a multiple of 64.
 size_t input_bytes(const InputFormat& input, int32_t K);
 
-// Where a prepared row of type int8 has what: K whole numbers padded with zeros, then per group a
-// float32 scale, an int32 -sum of its numbers, and scale * -sum as float32.
+// What a prepared row of type int8 has for each group of its whole numbers.
+struct InputScale {
+  float scale;
+  int32_t offset;  // -zero * sum
+};
+
+// Where it has what: K whole numbers padded with zeros, an InputScale for each group, and for each
+// the float32 scale * -sum.
 struct Int8Layout {
   int32_t padded_K, num_groups;
-  size_t scales_at, sums_at, products_at, bytes;
+  size_t scales_at, products_at, bytes;
 };
 Int8Layout int8_layout(const InputFormat& input, int32_t K);
 

@@ -31,13 +31,12 @@ VIVACE_INLINE F32x16 load_scales(ScaleType type, const uint8_t* p) {
 // ---------------------------------------------------------------- sources of codes
 
 // A source gives the codes of 32 inputs and 16 outputs as eight vectors, and what turns sums of
-// them into weights: kZero or stored zeros, scales, and for some a minimum. `kGroup`: inputs per
+// them into weights: stored zeros, scales, and for some a minimum. `kGroup`: inputs per
 // scale, 0 if that is known at run time only (a multiple of 32, or the row).
 
 template <int kBits>
 struct Panels {
-  static constexpr int kGroup = 0, kMaxCode = (1 << kBits) - 1, kZero = 1 << (kBits - 1);
-  static constexpr int kZeroShift = kBits - 1;
+  static constexpr int kGroup = 0, kMaxCode = (1 << kBits) - 1;
   static constexpr bool kHasMinimum = false;
 
   const uint8_t* panel;
@@ -95,12 +94,11 @@ struct Panels {
   // What a row's whole sum is multiplied with in the end.
   VIVACE_MEMBER F32x16 row_scale() const { return is_row ? scale_at(0) : set1(1.0f); }
 
-  // -sum of inputs -> -sum of zeros times inputs.
-  VIVACE_MEMBER I32x16 offset(int group, int32_t sum) const {
-    const I32x16 minus = set1_i32(sum);
-    if (!has_zeros) return shift_left<kZeroShift>(minus);
-    return multiply_i32(
-        minus, load_u8(panel + layout.zeros_at + static_cast<size_t>(is_row ? 0 : group) * 16));
+  // What sums start from, by an input's offset.
+  VIVACE_MEMBER I32x16 start(int group, I32x16 offset) const {
+    if (!has_zeros) return offset;
+    const uint8_t* zeros = panel + layout.zeros_at + static_cast<size_t>(is_row ? 0 : group) * 16;
+    return multiply_i32(offset, load_u8(zeros));
   }
   VIVACE_MEMBER F32x16 minimum(int) const { return zero(); }
 
@@ -126,6 +124,7 @@ struct Rows {
   }
   VIVACE_MEMBER F32x16 row_scale() const { return set1(1.0f); }
   VIVACE_MEMBER F32x16 minimum(int) const { return zero(); }
+  VIVACE_MEMBER I32x16 start(int, I32x16 offset) const { return offset; }
 };
 
 struct Q4_0 : Rows<BlockQ4_0> {
@@ -145,7 +144,6 @@ struct Q4_0 : Rows<BlockQ4_0> {
     transpose_rows<1>(at(group), stride, &head);
     return low_halves(head, false);
   }
-  VIVACE_MEMBER I32x16 offset(int, int32_t sum) const { return shift_left<3>(set1_i32(sum)); }
 };
 
 struct Q8_0 : Rows<BlockQ8_0> {
@@ -163,7 +161,6 @@ struct Q8_0 : Rows<BlockQ8_0> {
     transpose_rows<1>(at(group), stride, &head);
     return low_halves(head, false);
   }
-  VIVACE_MEMBER I32x16 offset(int, int32_t sum) const { return shift_left<7>(set1_i32(sum)); }
 };
 
 struct Q4_K : Rows<BlockQ4_K> {
@@ -202,7 +199,6 @@ struct Q4_K : Rows<BlockQ4_K> {
   }
   VIVACE_MEMBER F32x16 scale(int group) const { return mul(block_scale, small(group, 0)); }
   VIVACE_MEMBER F32x16 minimum(int group) const { return mul(block_minimum, small(group, 1)); }
-  VIVACE_MEMBER I32x16 offset(int, int32_t) const { return set1_i32(0); }
 };
 
 struct Q6_K : Rows<BlockQ6_K> {
@@ -251,10 +247,47 @@ struct Q6_K : Rows<BlockQ6_K> {
     const int small = group % 16;
     return mul(block_scale, to_float(signed_byte(scales[small / 4], 8 * (small % 4))));
   }
-  VIVACE_MEMBER I32x16 offset(int, int32_t sum) const { return shift_left<5>(set1_i32(sum)); }
+};
+
+// Codes, scales and minimums of another source, taken out once for many rows.
+template <class Source>
+struct Unpacked {
+  static constexpr int kGroup = Source::kGroup, kMaxCode = Source::kMaxCode;
+  static constexpr bool kHasMinimum = Source::kHasMinimum;
+
+  char* codes;
+  float *scales, *minimums;
+
+  Unpacked(Source source, int32_t K, char* scratch)
+      : codes(scratch),
+        scales(reinterpret_cast<float*>(scratch + static_cast<size_t>(K) * kPanelOutputs)),
+        minimums(scales + K / kGroup * kPanelOutputs) {
+    for (int step = 0; step < K / kStepInputs; ++step) {
+      Bytes64 unpacked[8];
+      source.unpack(step, unpacked);
+      for (int j = 0; j < 8; ++j) store_bytes(codes + 512 * step + 64 * j, unpacked[j]);
+      constexpr int kGroups = kStepInputs / kGroup;
+      for (int group = kGroups * step; group < kGroups * (step + 1); ++group) {
+        store(scales + kPanelOutputs * group, source.scale(group));
+        if constexpr (kHasMinimum)
+          store(minimums + kPanelOutputs * group, source.minimum(group));
+      }
+    }
+  }
+
+  VIVACE_MEMBER void unpack(int step, Bytes64* out) const {
+    VIVACE_UNROLL
+    for (int j = 0; j < 8; ++j) out[j] = load_bytes(codes + 512 * step + 64 * j);
+  }
+  VIVACE_MEMBER F32x16 scale(int group) const { return load(scales + kPanelOutputs * group); }
+  VIVACE_MEMBER F32x16 minimum(int group) const { return load(minimums + kPanelOutputs * group); }
+  VIVACE_MEMBER I32x16 start(int, I32x16 offset) const { return offset; }
+  VIVACE_MEMBER F32x16 row_scale() const { return set1(1.0f); }
 };
 
 // ---------------------------------------------------------------- tiles
+
+constexpr int kUnpackTiles = 3;  // of rows, from which on blocks are taken apart once
 
 struct Tile {
   int32_t K, input_group;
@@ -269,78 +302,113 @@ struct Tile {
   size_t next_bytes_per_step;
 };
 
-VIVACE_INLINE const float* floats_at(const Tile& tile, int row, size_t at) {
-  return reinterpret_cast<const float*>(tile.x + static_cast<size_t>(row) * tile.x_stride + at);
-}
+// The prepared rows of a tile. Few registers hold where they are: offsets are made of multiples of
+// the stride by the processor's addressing, which `forget` keeps the compiler from undoing.
+struct TileRows {
+  const char *codes, *scales, *products;
+  size_t one, three, five, seven;  // strides
+
+  TileRows(const Tile& tile)
+      : codes(tile.x),
+        scales(tile.x + tile.input.scales_at),
+        products(tile.x + tile.input.products_at),
+        one(tile.x_stride),
+        three(3 * tile.x_stride),
+        five(5 * tile.x_stride),
+        seven(7 * tile.x_stride) {}
+
+  template <int T>
+  VIVACE_MEMBER void forget() {
+    __asm__("" : "+r"(one));
+    if constexpr (T > 3) __asm__("" : "+r"(three));
+    if constexpr (T > 5) __asm__("" : "+r"(five));
+    if constexpr (T > 7) __asm__("" : "+r"(seven));
+  }
+  VIVACE_MEMBER size_t offset(int r) const {
+    switch (r) {
+      case 0:
+        return 0;
+      case 1:
+        return one;
+      case 2:
+        return 2 * one;
+      case 3:
+        return three;
+      case 4:
+        return 4 * one;
+      case 5:
+        return five;
+      case 6:
+        return 2 * three;
+      default:
+        return seven;
+    }
+  }
+  VIVACE_MEMBER const int8_t* input(int r, int step) const {
+    return reinterpret_cast<const int8_t*>(codes + 32 * static_cast<size_t>(step) + offset(r));
+  }
+  VIVACE_MEMBER const InputScale& scale(int r, int group) const {
+    return reinterpret_cast<const InputScale*>(scales + offset(r))[group];
+  }
+  VIVACE_MEMBER float product(int r, int group) const {
+    return reinterpret_cast<const float*>(products + offset(r))[group];
+  }
+};
 
 template <class Source, int T>
 [[gnu::noinline]] void multiply_tile(Source source, const Tile& tile) {
   F32x16 acc[T];
   VIVACE_UNROLL
   for (int r = 0; r < T; ++r) acc[r] = zero();
-  const char* x = tile.x;
-  const size_t stride = tile.x_stride;
+  TileRows rows(tile);
   const int num_steps = (tile.K + kStepInputs - 1) / kStepInputs;
-  const auto input = [&](int r, int step) {
-    return reinterpret_cast<const int8_t*>(x + static_cast<size_t>(r) * stride + 32 * step);
-  };
-  const auto number = [&](int r, size_t at, int group) {
-    int32_t value;
-    __builtin_memcpy(&value, x + static_cast<size_t>(r) * stride + at + 4 * group, 4);
-    return value;
-  };
   const char* next = tile.next;
-  const auto join = [&](int r, I32x16 sum, int group, F32x16 scale) {
-    const float own = float_of(static_cast<uint32_t>(number(r, tile.input.scales_at, group)));
-    acc[r] = fma(to_float(sum), mul(scale, set1(own)), acc[r]);
-  };
   const auto prefetch = [&] {
     for (size_t line = 0; line < tile.next_bytes_per_step; line += 64)
       __builtin_prefetch(next + line, 0, 2);
     next += tile.next_bytes_per_step;
   };
+  const auto start = [&](int r, int group) {
+    return source.start(group, set1_i32(rows.scale(r, group).offset));
+  };
+  const auto join = [&](int r, I32x16 sum, int group, F32x16 scale) {
+    acc[r] = fma(to_float(sum), mul(scale, set1(rows.scale(r, group).scale)), acc[r]);
+  };
   Bytes64 codes[8];
   if constexpr (Source::kGroup == 16) {
     for (int step = 0; step < num_steps; ++step) {
+      rows.template forget<T>();
       prefetch();
       source.unpack(step, codes);
       VIVACE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int group = 2 * step + half;
         const F32x16 scale = source.scale(group);
+        I32x16 sums[T];
         VIVACE_UNROLL
-        for (int r = 0; r < T; ++r) {
-          const I32x16 start = source.offset(group, number(r, tile.input.sums_at, group));
-          join(r, dot<4, Source::kMaxCode>(start, codes + 4 * half, input(r, step) + 16 * half),
-               group, scale);
-        }
+        for (int r = 0; r < T; ++r) sums[r] = start(r, group);
+        dot<T, 4, Source::kMaxCode>(sums, codes + 4 * half,
+                                    [&](int r) { return rows.input(r, step) + 16 * half; });
+        VIVACE_UNROLL
+        for (int r = 0; r < T; ++r) join(r, sums[r], group, scale);
       }
     }
-  } else if constexpr (Source::kGroup == 32) {
+  } else if (Source::kGroup == 32 || tile.input_group == 32) {
     for (int step = 0; step < num_steps; ++step) {
-      prefetch();
-      source.unpack(step, codes);
-      const F32x16 scale = source.scale(step), minimum = source.minimum(step);
-      VIVACE_UNROLL
-      for (int r = 0; r < T; ++r) {
-        const I32x16 start = source.offset(step, number(r, tile.input.sums_at, step));
-        join(r, dot<8, Source::kMaxCode>(start, codes, input(r, step)), step, scale);
-        if constexpr (Source::kHasMinimum) {
-          const auto product =
-              float_of(static_cast<uint32_t>(number(r, tile.input.products_at, step)));
-          acc[r] = fma(minimum, set1(product), acc[r]);
-        }
-      }
-    }
-  } else if (tile.input_group == 32) {
-    for (int step = 0; step < num_steps; ++step) {
+      rows.template forget<T>();
       prefetch();
       source.unpack(step, codes);
       const F32x16 scale = source.scale(step);
+      [[maybe_unused]] const F32x16 minimum = source.minimum(step);
+      I32x16 sums[T];
+      VIVACE_UNROLL
+      for (int r = 0; r < T; ++r) sums[r] = start(r, step);
+      dot<T, 8, Source::kMaxCode>(sums, codes, [&](int r) { return rows.input(r, step); });
       VIVACE_UNROLL
       for (int r = 0; r < T; ++r) {
-        const I32x16 start = source.offset(step, number(r, tile.input.sums_at, step));
-        join(r, dot<8, Source::kMaxCode>(start, codes, input(r, step)), step, scale);
+        join(r, sums[r], step, scale);
+        if constexpr (Source::kHasMinimum)
+          acc[r] = fma(minimum, set1(rows.product(r, step)), acc[r]);
       }
     }
   } else {
@@ -348,15 +416,13 @@ template <class Source, int T>
     for (int step = 0, group = 0; step < num_steps; ++group) {
       I32x16 sums[T];
       VIVACE_UNROLL
-      for (int r = 0; r < T; ++r)
-        sums[r] = source.offset(group, number(r, tile.input.sums_at, group));
+      for (int r = 0; r < T; ++r) sums[r] = start(r, group);
       const int end = step + steps_per_group < num_steps ? step + steps_per_group : num_steps;
       for (; step < end; ++step) {
+        rows.template forget<T>();
         prefetch();
         source.unpack(step, codes);
-        VIVACE_UNROLL
-        for (int r = 0; r < T; ++r)
-          sums[r] = dot<8, Source::kMaxCode>(sums[r], codes, input(r, step));
+        dot<T, 8, Source::kMaxCode>(sums, codes, [&](int r) { return rows.input(r, step); });
       }
       const F32x16 scale = source.scale(group);
       VIVACE_UNROLL
@@ -400,6 +466,20 @@ void multiply_rows(int T, const Source& source, const Tile& tile) {
   }
 }
 
+// All rows of an item times one panel; tiles share them evenly.
+template <class Source>
+void multiply_panel(const Source& source, const LinearItem& item, int num_tiles, Tile& tile) {
+  float* y = tile.y;
+  for (int m = 0, i = 0; i < num_tiles; ++i) {
+    const int count = (item.M - m) / (num_tiles - i);
+    tile.x = static_cast<const char*>(item.x) + static_cast<size_t>(m) * item.x_stride;
+    tile.y = y + m * item.ldy;
+    multiply_rows(count, source, tile);
+    tile.next_bytes_per_step = 0;
+    m += count;
+  }
+}
+
 template <class Source>
 void multiply_as(const Format& format, const LinearItem& item) {
   const size_t unit = unit_bytes(format, item.K);
@@ -417,14 +497,15 @@ void multiply_as(const Format& format, const LinearItem& item) {
     tile.outputs = item.rows - n < kPanelOutputs ? item.rows - n : kPanelOutputs;
     tile.bias = item.bias == nullptr ? nullptr : item.bias + n;
     tile.next = n + kPanelOutputs < item.rows ? weight + unit : static_cast<const char*>(item.next);
-    for (int m = 0, i = 0; i < tiles; ++i) {
-      const int count = (item.M - m) / (tiles - i);  // even shares
-      tile.x = static_cast<const char*>(item.x) + static_cast<size_t>(m) * item.x_stride;
-      tile.y = item.y + m * item.ldy + n;
-      tile.next_bytes_per_step = i > 0 || tile.next == nullptr ? 0 : unit / steps;
-      multiply_rows(count, source, tile);
-      m += count;
+    tile.next_bytes_per_step = tile.next == nullptr ? 0 : unit / steps;
+    tile.y = item.y + n;
+    if constexpr (Source::kGroup != 0) {
+      if (tiles >= kUnpackTiles) {
+        multiply_panel(Unpacked<Source>(source, item.K, item.scratch), item, tiles, tile);
+        continue;
+      }
     }
+    multiply_panel(source, item, tiles, tile);
   }
 }
 
@@ -461,8 +542,7 @@ constexpr uint32_t kTinyBits = 0x0d800000;  // 2^-100
 void prepare(const InputFormat& format, int32_t K, const float* row, void* out) {
   const Int8Layout layout = int8_layout(format, K);
   auto* codes = static_cast<int8_t*>(out);
-  auto* scales = reinterpret_cast<float*>(codes + layout.scales_at);
-  auto* sums = reinterpret_cast<int32_t*>(codes + layout.sums_at);
+  auto* scales = reinterpret_cast<InputScale*>(codes + layout.scales_at);
   auto* products = reinterpret_cast<float*>(codes + layout.products_at);
   const int num_vectors = format.group / 16;
   for (int32_t group = 0; group < layout.num_groups; ++group) {
@@ -485,9 +565,10 @@ void prepare(const InputFormat& format, int32_t K, const float* row, void* out) 
       sum = add_i32(sum, whole);
     }
     // What is not finite stays so: as a scale it spoils every output.
-    scales[group] = is_usual ? size / 127.0f : bits < kTinyBits ? 0.0f : size;
-    sums[group] = -reduce_add_i32(sum);
-    products[group] = scales[group] * static_cast<float>(sums[group]);
+    const float scale = is_usual ? size / 127.0f : bits < kTinyBits ? 0.0f : size;
+    const int32_t minus = -reduce_add_i32(sum);
+    scales[group] = {scale, minus * format.zero};
+    products[group] = scale * static_cast<float>(minus);
   }
 }
 
@@ -515,8 +596,8 @@ void read_row(const Format& format, int32_t K, const void* unit, int output, flo
     int32_t offsets[16];
     store(scales, source.scale(group));
     store(minimums, source.minimum(group));
-    const I32x16 offset = source.offset(group, -1);
-    __builtin_memcpy(offsets, &offset, 64);
+    const I32x16 start = source.start(group, set1_i32(-format.input.zero));
+    __builtin_memcpy(offsets, &start, 64);
     const float scale = scales[output] * row_scale;
     for (int i = 0; i < 16 && k + i < K; ++i) {
       const int code = bytes[i / 4][4 * output + i % 4] + offsets[output];
@@ -567,7 +648,8 @@ double peak(int64_t rounds) {
   for (int i = 0; i < kChains; ++i) sums[i] = set1_i32(i);
   for (int64_t round = 0; round < rounds; ++round) {
     VIVACE_UNROLL
-    for (int i = 0; i < kChains; ++i) sums[i] = dot<8, 15>(sums[i], codes, four);
+    for (int i = 0; i < kChains; ++i)
+      dot<1, 8, 15>(sums + i, codes, [&](int) { return four; });
     __asm__ volatile("" : : : "memory");
   }
   int32_t total = 0;

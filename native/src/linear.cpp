@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "buffer.h"
 #include "ops.h"
 #include "pool.h"
 
@@ -77,6 +78,9 @@ void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int th
   work.M = std::min(cuts.item_rows, job.M - m);
   work.y = job.y + m * job.ldy + offset + n;
   work.ldy = job.ldy;
+  thread_local Buffer<char> scratch;
+  scratch.reserve(scratch_bytes(format, job.K));
+  work.scratch = scratch.data();
   work.next = ahead + kPanelOutputs > part->rows ? nullptr : address(ahead);
   if (is_float(format))
     kernels.linear->multiply(format, work);
@@ -85,6 +89,13 @@ void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int th
 }
 
 }  // namespace
+
+size_t scratch_bytes(const Format& format, int32_t K) {
+  if (is_float(format) || format.storage == Storage::codes) return 0;
+  // A byte for each of 16 outputs, and a float32 scale and minimum for each group.
+  const size_t codes = static_cast<size_t>(K) * kPanelOutputs;
+  return codes + codes / static_cast<size_t>(format.input.group) * 2 * sizeof(float);
+}
 
 void prepare_input(const Kernels& kernels, const InputFormat& input, int32_t K, const float* row,
                    void* out) {

@@ -58,8 +58,12 @@ struct LinearItem {
   int32_t M;
   float* y;
   int64_t ldy;
+  char* scratch;     // scratch_bytes(), aligned to 64
   const void* next;  // where this thread will probably read weights after that, or null: a hint
 };
+
+// What a thread needs to multiply many rows with a matrix of a format.
+size_t scratch_bytes(const Format& format, int32_t K);
 
 // ---- tables per instruction set
 

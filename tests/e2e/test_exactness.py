@@ -20,11 +20,16 @@ from vivace.types import SamplingParams
 PROMPT = [(i * i + 3 * i) % 97 for i in range(150)]
 NUM_NEW = 24
 PARAMS = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
+WHOLE_NUMBERS = {
+    "llama int4": (random_llama, {"name": "int4"}),
+    "llama int3": (random_llama, {"name": "int3", "group_size": 64, "symmetric": False}),
+    "mixture int8": (random_mixture, {"name": "int8"}),
+}
 MODELS = {
-    f"{name} {dtype}": (make, dtype)
+    f"{name} {dtype}": (make, {"name": dtype})
     for name, make in {"llama": random_llama, "mixture": random_mixture}.items()
     for dtype in ("float32", "bfloat16")
-}
+} | WHOLE_NUMBERS
 
 
 class RecordingSampler(NativeSampler):
@@ -59,11 +64,14 @@ class Setup:
         window: int | None = None,
         prompt: list[int] = PROMPT,
     ) -> None:
-        make, dtype = MODELS[model]
-        graph, weights = make(dtype, max_position_embeddings=2048)
+        make, weight_format = MODELS[model]
+        is_bfloat16 = weight_format["name"] == "bfloat16"
+        dtype = "bfloat16" if is_bfloat16 else "float32"
+        sizes = {"intermediate_size": 128} if model in WHOLE_NUMBERS else {}
+        graph, weights = make(dtype, max_position_embeddings=2048, **sizes)
         groups = tuple(replace(group, window=window) for group in graph.groups)
         graph = replace(graph, groups=groups)
-        names = {"weight_formats": dtype, "kv_stores": dtype}
+        names = {"weight_formats": weight_format, "kv_stores": dtype}
         plan = Plan.of(schedulers={"name": "chunked", "chunk_size": chunk}, **names)
         resolved = resolve(plan.with_defaults(DEFAULTS))
         self.executor = NativeExecutor(
@@ -74,7 +82,7 @@ class Setup:
             threads=threads,
         )
         if is_faulty:
-            self.executor.set_site(1, add_one_ulp(dtype))
+            self.executor.set_site(1, add_one_ulp(weight_format["name"]))
         self.sampler = RecordingSampler(self.executor, prompt)
         self.engine = Engine(
             self.executor,
@@ -94,9 +102,12 @@ class Setup:
         return self.sampler.digests
 
 
-def add_one_ulp(dtype: str) -> Callable[[np.ndarray], None]:
-    """A site that adds one unit in the last place of `dtype` to all rows but the first."""
-    step = 2.0 ** -(23 if dtype == "float32" else 7)
+def add_one_ulp(weight_format: str) -> Callable[[np.ndarray], None]:
+    """A site that adds one unit in the last place to all rows but the first.
+
+    That of float32, or where inputs are rounded, of bfloat16: the smallest that always shows.
+    """
+    step = 2.0 ** -(23 if weight_format == "float32" else 7)
 
     def site(x: np.ndarray) -> None:
         x[1:] += np.ldexp(np.float32(step), np.frexp(x[1:])[1] - 1)
