@@ -73,8 +73,8 @@ class TestLinear {
   // x [M, K] -> y [M, sum of rows]
   Output call(const Matrix& x) {
     const auto K = static_cast<size_t>(linear_.in_features);
-    require(x.shape(1) == K, "x has " + std::to_string(x.shape(1)) + " columns: expected " +
-                                 std::to_string(K));
+    require(x.shape(1) == K,
+            "x has " + std::to_string(x.shape(1)) + " columns: expected " + std::to_string(K));
     const size_t M = x.shape(0), N = linear_.out_features();
     auto* y = new float[std::max<size_t>(M * N, 1)];
     nb::capsule owner(y, [](void* p) noexcept { delete[] static_cast<float*>(p); });
@@ -83,8 +83,7 @@ class TestLinear {
       auto prepared = make_aligned<char>(M * linear_.input.bytes);
       FloatEnvironment environment;
       for (size_t m = 0; m < M; ++m)
-        prepare_row(kernels_, linear_, x.data() + m * K,
-                    prepared.get() + m * linear_.input.bytes);
+        prepare_row(kernels_, linear_, x.data() + m * K, prepared.get() + m * linear_.input.bytes);
       multiply(pool_, prepared.get(), static_cast<int32_t>(M), y);
     }
     return Output(y, {M, N}, owner);
@@ -173,8 +172,9 @@ double peak_flops(const std::string& kind, double seconds, int threads) {
     std::vector<double> operations(static_cast<size_t>(pool.threads()) * 8);
     auto start = Clock::now();
     pool.parallel(static_cast<int64_t>(operations.size()), [&](int64_t item, int) {
-      operations[static_cast<size_t>(item)] = kind == "int8" ? kernels.integer->peak(20'000)
-                                        : kernels.linear->peak(kind == "bfloat16", 100'000);
+      operations[static_cast<size_t>(item)] =
+          kind == "int8" ? kernels.integer->peak(20'000)
+                         : kernels.linear->peak(kind == "bfloat16", 100'000);
     });
     double total = 0;
     for (double count : operations) total += count;
@@ -250,7 +250,8 @@ void bind_linear(nb::module_& m) {
            nb::arg("isa") = "", nb::arg("threads") = 1)
       .def("__call__", &TestLinear::call, nb::arg("x"), "x [M, K] float32 -> [M, N] float32.")
       .def("row", &TestLinear::row, nb::arg("index"), "A row of the first matrix: [1, K] float32.");
-  m.def("time_linears", &TestLinear::time, nb::arg("linears"), nb::arg("num_rows"), nb::arg("repeats"),
+  m.def("time_linears", &TestLinear::time, nb::arg("linears"), nb::arg("num_rows"),
+        nb::arg("repeats"),
         "Seconds of each of `repeats` passes of num_rows rows over all linears.");
 }
 

@@ -21,9 +21,10 @@ void share_input(const std::vector<Linear*>& linears) {
   for (Linear* linear : linears) linear->input = shared;
 }
 
-void prepare_row(const Kernels& kernels, const Linear& linear, const float* row, char* out) {
+void prepare_row(const Kernels& kernels, const Linear& linear, int32_t first, int32_t last,
+                 const float* row, char* out) {
   for (size_t i = 0; i < linear.input.kinds.size(); ++i)
-    prepare_input(kernels, linear.input.kinds[i], linear.in_features, row,
+    prepare_input(kernels, linear.input.kinds[i], linear.in_features, first, last, row,
                   out + linear.input.offsets[i]);
 }
 

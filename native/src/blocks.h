@@ -34,22 +34,21 @@ struct Linear {
     return rows;
   }
   LinearJob job(const void* x, int64_t num_rows, float* y, int64_t stride) const {
-    return {parts.data(),
-            static_cast<int32_t>(parts.size()),
-            in_features,
-            x,
-            input.bytes,
-            static_cast<int32_t>(num_rows),
-            y,
-            stride};
+    return {parts.data(), static_cast<int32_t>(parts.size()), in_features, x,
+            input.bytes,  static_cast<int32_t>(num_rows),     y,           stride};
   }
 };
 
 // Lets linears read the same prepared rows.
 void share_input(const std::vector<Linear*>& linears);
 
-// Prepares a row of a linear's input: float32 [in_features] -> input.bytes at `out`.
-void prepare_row(const Kernels& kernels, const Linear& linear, const float* row, char* out);
+// Prepares inputs [first, last) of a row: float32 [in_features] -> input.bytes at `out`.
+void prepare_row(const Kernels& kernels, const Linear& linear, int32_t first, int32_t last,
+                 const float* row, char* out);
+// All of them.
+inline void prepare_row(const Kernels& kernels, const Linear& linear, const float* row, char* out) {
+  prepare_row(kernels, linear, 0, linear.in_features, row, out);
+}
 
 struct Rope {
   const float* cos = nullptr;  // [num_positions, half]

@@ -213,8 +213,8 @@ VIVACE_INLINE I32x16 load_u8(const uint8_t* p) {
 // (lane >> shift) & mask of vectors whose lanes are 32 bits.
 VIVACE_INLINE I32x16 field(Bytes64 x, int shift, int32_t mask) {
 #if VIVACE_LEVEL >= 2
-  return {_mm512_and_si512(_mm512_srl_epi32(x.v, _mm_cvtsi32_si128(shift)),
-                           _mm512_set1_epi32(mask))};
+  return {
+      _mm512_and_si512(_mm512_srl_epi32(x.v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(mask))};
 #elif VIVACE_LEVEL == 1
   const __m128i count = _mm_cvtsi32_si128(shift);
   const __m256i bits = _mm256_set1_epi32(mask);
@@ -353,18 +353,15 @@ VIVACE_INLINE void dot(I32x16* sums, const Bytes64* codes, Input input) {
   Lanes lanes[kCount];
   for (int j = 0; j < kCount; ++j) lanes[j] = codes[j].v;
   VIVACE_UNROLL
-  for (int r = 0; r < T; ++r)
-    sums[r].v = dot_pairs<kCount, kMaxCode>(sums[r].v, lanes, input(r));
+  for (int r = 0; r < T; ++r) sums[r].v = dot_pairs<kCount, kMaxCode>(sums[r].v, lanes, input(r));
 #elif VIVACE_LEVEL == 1
   Lanes half[kCount];  // eight outputs at a time: their codes fit the registers
   for (int j = 0; j < kCount; ++j) half[j] = codes[j].lo;
   VIVACE_UNROLL
-  for (int r = 0; r < T; ++r)
-    sums[r].lo = dot_pairs<kCount, kMaxCode>(sums[r].lo, half, input(r));
+  for (int r = 0; r < T; ++r) sums[r].lo = dot_pairs<kCount, kMaxCode>(sums[r].lo, half, input(r));
   for (int j = 0; j < kCount; ++j) half[j] = codes[j].hi;
   VIVACE_UNROLL
-  for (int r = 0; r < T; ++r)
-    sums[r].hi = dot_pairs<kCount, kMaxCode>(sums[r].hi, half, input(r));
+  for (int r = 0; r < T; ++r) sums[r].hi = dot_pairs<kCount, kMaxCode>(sums[r].hi, half, input(r));
 #else
   for (int r = 0; r < T; ++r)
     for (int j = 0; j < kCount; ++j)

@@ -54,7 +54,8 @@ Format codes_from_name(const std::string& name) {
   const std::vector<std::string> parts = split(name);
   Format format;
   format.storage = Storage::codes;
-  if (parts.size() < 3 || parts.size() > 4 || parts[0].size() != 4 || parts[0].substr(0, 3) != "int")
+  if (parts.size() < 3 || parts.size() > 4 || parts[0].size() != 4 ||
+      parts[0].substr(0, 3) != "int")
     fail(name);
   format.bits = parts[0][3] - '0';
   if (format.bits != 2 && format.bits != 3 && format.bits != 4 && format.bits != 8) fail(name);
@@ -184,8 +185,7 @@ Int8Layout int8_layout(const InputFormat& input, int32_t K) {
   layout.padded_K = static_cast<int32_t>(round_up(K, std::max(input.group, kStepInputs)));
   layout.num_groups = layout.padded_K / input.group;
   layout.scales_at = round_up(layout.padded_K, 64);
-  layout.products_at =
-      layout.scales_at + round_up(layout.num_groups * sizeof(InputScale), 64);
+  layout.products_at = layout.scales_at + round_up(layout.num_groups * sizeof(InputScale), 64);
   layout.bytes = layout.products_at + round_up(layout.num_groups * sizeof(float), 64);
   return layout;
 }

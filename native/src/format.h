@@ -53,7 +53,7 @@ PanelLayout panel_layout(const Format& format, int32_t K);
 // scales). Throws std::invalid_argument.
 Format format_from_name(const std::string& name);
 
-bool is_float(const Format& format);       // elements one by one
+bool is_float(const Format& format);         // elements one by one
 size_t element_bytes(const Format& format);  // of a float format
 size_t scale_bytes(ScaleType type);
 

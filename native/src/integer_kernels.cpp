@@ -269,8 +269,7 @@ struct Unpacked {
       constexpr int kGroups = kStepInputs / kGroup;
       for (int group = kGroups * step; group < kGroups * (step + 1); ++group) {
         store(scales + kPanelOutputs * group, source.scale(group));
-        if constexpr (kHasMinimum)
-          store(minimums + kPanelOutputs * group, source.minimum(group));
+        if constexpr (kHasMinimum) store(minimums + kPanelOutputs * group, source.minimum(group));
       }
     }
   }
@@ -539,13 +538,16 @@ void multiply(const Format& format, const LinearItem& item) {
 // Inputs below this magnitude count as zero: 127 divided by them could overflow.
 constexpr uint32_t kTinyBits = 0x0d800000;  // 2^-100
 
-void prepare(const InputFormat& format, int32_t K, const float* row, void* out) {
+void prepare(const InputFormat& format, int32_t K, int32_t from, int32_t to, const float* row,
+             void* out) {
   const Int8Layout layout = int8_layout(format, K);
   auto* codes = static_cast<int8_t*>(out);
   auto* scales = reinterpret_cast<InputScale*>(codes + layout.scales_at);
   auto* products = reinterpret_cast<float*>(codes + layout.products_at);
   const int num_vectors = format.group / 16;
-  for (int32_t group = 0; group < layout.num_groups; ++group) {
+  // The last range has the padding too.
+  const int32_t end = to == K ? layout.num_groups : to / format.group;
+  for (int32_t group = from / format.group; group < end; ++group) {
     const int32_t first = group * format.group;
     const auto vector = [&](int i) {
       const int32_t k = first + 16 * i;
@@ -559,8 +561,7 @@ void prepare(const InputFormat& format, int32_t K, const float* row, void* out) 
     const F32x16 inverse = set1(is_usual ? 127.0f / size : 0.0f);
     I32x16 sum = set1_i32(0);
     for (int i = 0; i < num_vectors; ++i) {
-      const I32x16 whole =
-          is_usual ? round_to_i32(mul(vector(i), inverse)) : set1_i32(0);
+      const I32x16 whole = is_usual ? round_to_i32(mul(vector(i), inverse)) : set1_i32(0);
       store_low_bytes(codes + first + 16 * i, whole);
       sum = add_i32(sum, whole);
     }
@@ -648,8 +649,7 @@ double peak(int64_t rounds) {
   for (int i = 0; i < kChains; ++i) sums[i] = set1_i32(i);
   for (int64_t round = 0; round < rounds; ++round) {
     VIVACE_UNROLL
-    for (int i = 0; i < kChains; ++i)
-      dot<1, 8, 15>(sums + i, codes, [&](int) { return four; });
+    for (int i = 0; i < kChains; ++i) dot<1, 8, 15>(sums + i, codes, [&](int) { return four; });
     __asm__ volatile("" : : : "memory");
   }
   int32_t total = 0;

@@ -20,9 +20,14 @@ namespace vivace {
   extern const AttentionKernels attention_kernels; \
   extern const BlockKernels block_kernels;         \
   }
-#define VIVACE_ROW(isa)                                                                       \
-  {Isa::isa,         #isa, &isa::linear_kernels, &isa::integer_kernels,                       \
-   &isa::op_kernels, &isa::attention_kernels, &isa::block_kernels}
+#define VIVACE_ROW(isa)     \
+  {Isa::isa,                \
+   #isa,                    \
+   &isa::linear_kernels,    \
+   &isa::integer_kernels,   \
+   &isa::op_kernels,        \
+   &isa::attention_kernels, \
+   &isa::block_kernels}
 
 VIVACE_TABLES(generic)
 #if defined(__x86_64__)
@@ -37,10 +42,7 @@ namespace {
 const Kernels kTables[] = {
     VIVACE_ROW(generic),
 #if defined(__x86_64__)
-    VIVACE_ROW(avx2),
-    VIVACE_ROW(avx512),
-    VIVACE_ROW(avx512vnni),
-    VIVACE_ROW(avx512bf16),
+    VIVACE_ROW(avx2),    VIVACE_ROW(avx512), VIVACE_ROW(avx512vnni), VIVACE_ROW(avx512bf16),
 #endif
 };
 constexpr int kNumTables = sizeof(kTables) / sizeof(kTables[0]);

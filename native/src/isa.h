@@ -30,7 +30,8 @@ const char* isa_name(Isa isa);
 bool isa_available(Isa isa);
 
 // Kernels by name ("generic", "avx2", "avx512", "avx512vnni", "avx512bf16"); null or empty: the
-// environment variable VIVACE_ISA, or the best available. Throws std::invalid_argument with one clear sentence.
+// environment variable VIVACE_ISA, or the best available. Throws std::invalid_argument with one
+// clear sentence.
 const Kernels& select_kernels(const char* name = nullptr);
 
 }  // namespace vivace

@@ -2,6 +2,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "buffer.h"
 #include "ops.h"
@@ -15,6 +16,7 @@ constexpr int32_t kManyRows = 16;  // from here on, a matrix product; below, a s
 constexpr size_t kStreamItemBytes = 128 << 10;  // of W per item, where reading it is the cost
 constexpr int32_t kMaxBlockRows = 256;          // rows of x per item
 constexpr int32_t kItemOutputs = 48;            // rows of W per item, where arithmetic is the cost
+constexpr size_t kBlockBytes = 192 << 10;       // of x per item, beside codes: both stay in L2
 
 struct Cut {
   int32_t item_rows, item_outputs;  // of x and of W per item
@@ -24,68 +26,97 @@ struct Cut {
   int64_t num_items() const { return row_blocks * items_per_block; }
 };
 
-// How one part is cut into work items.
-Cut cut(const LinearPart& part, int32_t K, int32_t M) {
+// Parts that are computed together count as one.
+int32_t num_parts(const LinearJob& job) {
+  return job.is_paired ? 1 : job.num_parts;
+}
+
+int32_t round_up(int32_t size, int32_t unit) {
+  return (size + unit - 1) / unit * unit;
+}
+
+// How a part is cut into work items.
+Cut cut(const LinearJob& job, const LinearPart& part) {
   Cut cut;
-  if (M < kManyRows) {
+  if (job.M < kManyRows) {
     // A multiple of what every kernel takes at once.
-    const int32_t tile = is_float(part.format) ? (M <= 3 ? 8 : 6) : kPanelOutputs;
-    const size_t row = std::max<size_t>(1, unit_bytes(part.format, K) / unit_outputs(part.format));
+    const int32_t tile = is_float(part.format) ? (job.M <= 3 ? 8 : 6) : kPanelOutputs;
+    const size_t unit = unit_bytes(part.format, job.K) * (job.is_paired ? 2 : 1);
+    const size_t row = std::max<size_t>(1, unit / unit_outputs(part.format));
     const auto outputs = static_cast<int32_t>(std::min<size_t>(kStreamItemBytes / row, 4096));
     cut.item_outputs = std::max(outputs / tile * tile, tile);
-    cut.item_rows = std::max(M, 1);
+    cut.item_rows = std::max(job.M, 1);
   } else {
-    const int32_t wanted = (M + kMaxBlockRows - 1) / kMaxBlockRows;
+    int32_t most = kMaxBlockRows;
+    if (!is_float(part.format))
+      most = std::clamp(static_cast<int32_t>(kBlockBytes / job.x_stride) / 8 * 8, 32, most);
+    const int32_t wanted = (job.M + most - 1) / most;
     cut.item_outputs = kItemOutputs;
-    cut.item_rows = ((M + wanted - 1) / wanted + 3) / 4 * 4;
+    cut.item_rows = round_up((job.M + wanted - 1) / wanted, 8);
   }
-  cut.row_blocks = (M + cut.item_rows - 1) / cut.item_rows;
+  if (job.align > 1)
+    cut.item_outputs = round_up(cut.item_outputs, std::lcm(job.align, unit_outputs(part.format)));
+  cut.row_blocks = (job.M + cut.item_rows - 1) / cut.item_rows;
   cut.items_per_block = (part.rows + cut.item_outputs - 1) / cut.item_outputs;
   return cut;
 }
 
 int64_t num_items(const LinearJob& job) {
   int64_t items = 0;
-  for (int32_t i = 0; i < job.num_parts; ++i) items += cut(job.parts[i], job.K, job.M).num_items();
+  for (int32_t i = 0; i < num_parts(job); ++i) items += cut(job, job.parts[i]).num_items();
   return items;
 }
 
-void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int threads) {
-  const LinearPart* part = job.parts;
-  int64_t offset = 0;
-  Cut cuts = cut(*part, job.K, job.M);
-  for (; item >= cuts.num_items(); cuts = cut(*++part, job.K, job.M)) {
-    item -= cuts.num_items();
-    offset += part->rows;
-  }
-  const auto m = static_cast<int32_t>(item / cuts.items_per_block) * cuts.item_rows;
-  const auto n = static_cast<int32_t>(item % cuts.items_per_block) * cuts.item_outputs;
-  const Format& format = part->format;
+// `offset`: of the part's outputs in a row of y.
+void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& part, int64_t offset,
+              const OutputRange& range, int64_t ahead) {
+  const Format& format = part.format;
   const size_t unit = unit_bytes(format, job.K);
   const int32_t outputs = unit_outputs(format);
   const auto address = [&](int64_t row) {
-    return static_cast<const char*>(part->weight) + static_cast<size_t>(row / outputs) * unit;
+    return static_cast<const char*>(part.weight) + static_cast<size_t>(row / outputs) * unit;
   };
-  // Items are claimed in order, so with every thread at work this one's next is `threads` further.
-  const int64_t ahead = int64_t{n} + int64_t{cuts.item_outputs} * threads;
-  LinearItem work;
-  work.K = job.K;
-  work.weight = address(n);
-  work.bias = part->bias ? part->bias + n : nullptr;
-  work.rows = std::min(cuts.item_outputs, part->rows - n);
-  work.x = static_cast<const char*>(job.x) + m * job.x_stride + part->input_at;
-  work.x_stride = job.x_stride;
-  work.M = std::min(cuts.item_rows, job.M - m);
-  work.y = job.y + m * job.ldy + offset + n;
-  work.ldy = job.ldy;
   thread_local Buffer<char> scratch;
   scratch.reserve(scratch_bytes(format, job.K));
+  LinearItem work;
+  work.K = job.K;
+  work.weight = address(range.first);
+  work.bias = part.bias ? part.bias + range.first : nullptr;
+  work.rows = range.last - range.first;
+  work.x = static_cast<const char*>(job.x) + range.first_row * job.x_stride + part.input_at;
+  work.x_stride = job.x_stride;
+  work.M = range.last_row - range.first_row;
+  work.y = job.y + range.first_row * job.ldy + offset + range.first;
+  work.ldy = job.ldy;
   work.scratch = scratch.data();
-  work.next = ahead + kPanelOutputs > part->rows ? nullptr : address(ahead);
+  work.next = ahead + kPanelOutputs > part.rows ? nullptr : address(ahead);
   if (is_float(format))
     kernels.linear->multiply(format, work);
   else
     kernels.integer->multiply(format, work);
+}
+
+void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int threads, int thread) {
+  int32_t index = 0;
+  int64_t offset = 0;
+  Cut cuts = cut(job, job.parts[0]);
+  while (item >= cuts.num_items()) {
+    item -= cuts.num_items();
+    offset += job.parts[index].rows;
+    cuts = cut(job, job.parts[++index]);
+  }
+  const LinearPart& part = job.parts[index];
+  OutputRange range;
+  range.part = index;
+  range.first = static_cast<int32_t>(item % cuts.items_per_block) * cuts.item_outputs;
+  range.last = std::min(range.first + cuts.item_outputs, part.rows);
+  range.first_row = static_cast<int32_t>(item / cuts.items_per_block) * cuts.item_rows;
+  range.last_row = std::min(range.first_row + cuts.item_rows, job.M);
+  // Items are claimed in order, so with every thread at work this one's next is `threads` further.
+  const int64_t ahead = int64_t{range.first} + int64_t{cuts.item_outputs} * threads;
+  multiply(kernels, job, part, offset, range, ahead);
+  if (job.is_paired) multiply(kernels, job, job.parts[1], part.rows, range, ahead);
+  if (job.then) (*job.then)(range, thread);
 }
 
 }  // namespace
@@ -97,12 +128,12 @@ size_t scratch_bytes(const Format& format, int32_t K) {
   return codes + codes / static_cast<size_t>(format.input.group) * 2 * sizeof(float);
 }
 
-void prepare_input(const Kernels& kernels, const InputFormat& input, int32_t K, const float* row,
-                   void* out) {
+void prepare_input(const Kernels& kernels, const InputFormat& input, int32_t K, int32_t first,
+                   int32_t last, const float* row, void* out) {
   if (input.type == InputType::int8)
-    kernels.integer->prepare(input, K, row, out);
+    kernels.integer->prepare(input, K, first, last, row, out);
   else
-    kernels.linear->prepare(input.type, K, row, out);
+    kernels.linear->prepare(input.type, first, last, row, out);
 }
 
 void read_row(const Kernels& kernels, const Format& format, int32_t K, const void* matrix,
@@ -122,11 +153,11 @@ void linear(const Kernels& kernels, Pool& pool, LinearJob* jobs, int64_t num_job
     job->first_item = items;
     if (job->M > 0) items += num_items(*job);
   }
-  pool.parallel(items, [&](int64_t item, int) {
+  pool.parallel(items, [&](int64_t item, int thread) {
     const LinearJob* next =
         std::upper_bound(jobs, jobs + num_jobs, item,
                          [](int64_t at, const LinearJob& job) { return at < job.first_item; });
-    run_item(kernels, next[-1], item - next[-1].first_item, pool.threads());
+    run_item(kernels, next[-1], item - next[-1].first_item, pool.threads(), thread);
   });
 }
 

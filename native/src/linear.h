@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 
 #include "format.h"
 #include "isa.h"
@@ -19,6 +20,12 @@ struct LinearPart {
   size_t input_at = 0;  // where in a prepared row this part's inputs lie: see share_inputs()
 };
 
+// Outputs [first, last) of a part (of both parts, if they are paired) for rows [first_row,
+// last_row).
+struct OutputRange {
+  int32_t part, first, last, first_row, last_row;
+};
+
 // A group of matrices and the rows that it reads.
 struct LinearJob {
   const LinearPart* parts;
@@ -30,6 +37,12 @@ struct LinearJob {
   float* y;  // [M, outputs of all parts], rows ldy apart
   int64_t ldy;
 
+  // What the thread that has computed outputs does with them at once, while they are in its cache.
+  // Ranges start at multiples of `align`; paired parts, of equal size, are computed together.
+  const std::function<void(const OutputRange& outputs, int thread)>* then = nullptr;
+  int32_t align = 1;
+  bool is_paired = false;
+
   int64_t first_item = 0;  // set by linear()
 };
 
@@ -38,10 +51,13 @@ struct LinearJob {
 // and on nothing else.
 void linear(const Kernels& kernels, Pool& pool, LinearJob* jobs, int64_t num_jobs);
 
-// Prepares one row of one kind: float32 [K] -> what kernels read, input_bytes(input, K). Must run
-// inside a FloatEnvironment.
-void prepare_input(const Kernels& kernels, const InputFormat& input, int32_t K, const float* row,
-                   void* out);
+// Inputs of a row that are prepared alone: ranges of them start at multiples of it.
+constexpr int32_t kPreparedTogether = 128;
+
+// Prepares inputs [first, last) of one row for one kind: float32 [K] -> what kernels read,
+// input_bytes(input, K). Must run inside a FloatEnvironment.
+void prepare_input(const Kernels& kernels, const InputFormat& input, int32_t K, int32_t first,
+                   int32_t last, const float* row, void* out);
 
 // One row of a stored matrix, times `factor`: float32 [K].
 void read_row(const Kernels& kernels, const Format& format, int32_t K, const void* matrix,
@@ -68,7 +84,7 @@ size_t scratch_bytes(const Format& format, int32_t K);
 // ---- tables per instruction set
 
 struct LinearKernels {  // of float formats, defined in linear_kernels.cpp
-  void (*prepare)(InputType type, int32_t K, const float* row, void* out);
+  void (*prepare)(InputType type, int32_t first, int32_t last, const float* row, void* out);
   void (*multiply)(const Format& format, const LinearItem& item);
   // Repeats register-only multiply-adds; returns the number of floating-point operations.
   double (*peak)(bool bf16, int64_t rounds);
@@ -79,7 +95,8 @@ struct LinearKernels {  // of float formats, defined in linear_kernels.cpp
 };
 
 struct IntegerKernels {  // of all others, defined in integer_kernels.cpp
-  void (*prepare)(const InputFormat& input, int32_t K, const float* row, void* out);
+  void (*prepare)(const InputFormat& input, int32_t K, int32_t first, int32_t last,
+                  const float* row, void* out);
   void (*multiply)(const Format& format, const LinearItem& item);
   // Row `output` of a unit, times `factor`.
   void (*read_row)(const Format& format, int32_t K, const void* unit, int output, float factor,

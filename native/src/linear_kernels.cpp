@@ -197,8 +197,8 @@ F32x16 round_to_f16(F32x16 x) {
   return load_f16(half);
 }
 
-void prepare(InputType type, int32_t K, const float* row, void* out) {
-  int32_t k = 0;
+void prepare(InputType type, int32_t first, int32_t K, const float* row, void* out) {
+  int32_t k = first;
   if (type == InputType::bfloat16) {
     auto* to = static_cast<uint16_t*>(out);
     for (; k + 16 <= K; k += 16) store_bf16(to + k, load(row + k));

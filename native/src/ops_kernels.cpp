@@ -145,8 +145,9 @@ bool all_finite(Storage storage, const void* elements, int64_t size) {
     for (int c = 0; c < 4; ++c)
       sum[c] = fma(load_storage(storage, elements, i + 16 * c, 16), nothing, sum[c]);
   for (; i < size; i += 16)
-    sum[0] = fma(load_storage(storage, elements, i, static_cast<int>(size - i < 16 ? size - i : 16)),
-                 nothing, sum[0]);
+    sum[0] =
+        fma(load_storage(storage, elements, i, static_cast<int>(size - i < 16 ? size - i : 16)),
+            nothing, sum[0]);
   return reduce_add(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) == 0.0f;
 }
 

@@ -14,7 +14,7 @@ namespace vivace {
 namespace {
 
 // Items of about ten microseconds; a step of few rows runs in the calling thread alone.
-constexpr int64_t kNormRows = 8, kWriteRows = 4, kActivationRows = 2;
+constexpr int64_t kNormRows = 8, kWriteRows = 4;
 constexpr int64_t kMlpRows = 512;  // rows whose gates are held at a time
 
 [[noreturn]] void fail_not_finite(const char* what, int index) {
@@ -84,7 +84,8 @@ void Program::add_block(Block block) {
   share_inputs(block);
   measure(block.first());
   measure(block.out);
-  if (block.kind == BlockKind::mlp) measure(block.experts[0].down);
+  if (block.kind == BlockKind::mlp)
+    down_width_ = std::max(down_width_, block.experts[0].down.input.bytes);
   max_heads_ = std::max<size_t>(max_heads_, block.num_heads);
   blocks_.push_back(std::move(block));
 }
@@ -241,6 +242,7 @@ void Program::reserve(const StepArrays& step) {
   work_.reserve(work);
   stats_.reserve(rows * max_heads_ * 2);
   input_.reserve(std::max<size_t>(rows, step.num_logits) * input_width_);
+  down_input_.reserve(std::min<size_t>(rows, kMlpRows) * down_width_);
   scratch_.reserve(pool_->threads() * scratch_width_);
 }
 
@@ -379,15 +381,27 @@ void Program::run_mlp(const StepArrays& step, const Block& block) {
         prepare(block.norm, mlp.gate_up, hidden_.data() + (first + row) * hidden_size_, row,
                 thread);
       });
-    multiply(mlp.gate_up, rows, gates, width);
-    pool_->for_rows(rows, kActivationRows, [&](int64_t row, int thread) {
-      const float* gate = gates + row * width;
-      float* out = scratch_.data() + thread * scratch_width_;
-      kernels_.ops->activate(block.activation, gate, mlp.is_gated() ? gate + inner : nullptr, out,
-                             inner);
-      prepare({}, mlp.down, out, row, thread);
-    });
-    multiply(mlp.down, rows, core_.data() + first * hidden_size_, hidden_size_);
+    // Gates and what they open are computed together, so that each becomes an input of `down` at
+    // once.
+    const std::function<void(const OutputRange&, int)> activate = [&](const OutputRange& range,
+                                                                      int) {
+      for (int64_t row = range.first_row; row < range.last_row; ++row) {
+        float* gate = gates + row * width;
+        kernels_.ops->activate(block.activation, gate + range.first,
+                               mlp.is_gated() ? gate + inner + range.first : nullptr,
+                               gate + range.first, range.last - range.first);
+        prepare_row(kernels_, mlp.down, range.first, range.last, gate,
+                    down_input_.data() + row * mlp.down.input.bytes);
+      }
+    };
+    LinearJob job = mlp.gate_up.job(input_.data(), rows, gates, width);
+    job.then = &activate;
+    job.align = kPreparedTogether;
+    job.is_paired = mlp.is_gated();
+    linear(kernels_, *pool_, &job, 1);
+    LinearJob down =
+        mlp.down.job(down_input_.data(), rows, core_.data() + first * hidden_size_, hidden_size_);
+    linear(kernels_, *pool_, &down, 1);
   }
 }
 
@@ -400,8 +414,7 @@ void Program::finish_block(const StepArrays& step, int index) {
     float* x = core_.data() + row * hidden_size_;
     if (block.post_norm.kind != NormKind::none) kernels_.ops->norm(block.post_norm, x, x);
     kernels_.ops->add(h, x, block.residual_scale, hidden_size_);
-    if (!is_last)
-      prepare(blocks_[index + 1].norm, blocks_[index + 1].first(), h, row, thread);
+    if (!is_last) prepare(blocks_[index + 1].norm, blocks_[index + 1].first(), h, row, thread);
   });
   take_hidden(step, index);
 }

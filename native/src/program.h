@@ -110,13 +110,14 @@ class Program {
   std::atomic<bool> is_running_ = false;
 
   // Buffers of a step, kept for the next one.
-  Buffer<float> hidden_;   // [rows, hidden]
-  Buffer<float> core_;     // [rows, hidden]: what a block adds
-  Buffer<float> work_;     // queries, keys, values and attention's result; or gates
-  Buffer<float> stats_;    // [rows, num_heads, 2]
-  Buffer<char> input_;     // prepared rows of a linear's input
-  Buffer<float> scratch_;  // [threads, scratch_width_]
-  size_t scratch_width_, input_width_ = 0, max_heads_ = 0;
+  Buffer<float> hidden_;     // [rows, hidden]
+  Buffer<float> core_;       // [rows, hidden]: what a block adds
+  Buffer<float> work_;       // queries, keys, values and attention's result; or gates
+  Buffer<float> stats_;      // [rows, num_heads, 2]
+  Buffer<char> input_;       // prepared rows of a linear's input
+  Buffer<char> down_input_;  // of an MLP's last linear, made while `input_` is read
+  Buffer<float> scratch_;    // [threads, scratch_width_]
+  size_t scratch_width_, input_width_ = 0, down_width_ = 0, max_heads_ = 0;
   Attend attend_;
   Experts experts_;
   // The rows that go on after the last keys and values are written, as a step of their own.
