@@ -98,6 +98,12 @@ struct Block {
   bool has_shared_gate = false;  // the router's last output
 
   int num_routed() const { return static_cast<int>(experts.size()) - has_shared; }
+  // Whether its last linear's outputs need nothing but to be added to the state.
+  bool adds_at_once() const {
+    return kind != BlockKind::experts && post_norm.kind == NormKind::none && !site &&
+           last().parts.size() == 1;
+  }
+  const Linear& last() const { return kind == BlockKind::mlp ? experts[0].down : out; }
   // What the block's input is prepared for.
   const Linear& first() const {
     return kind == BlockKind::mlp ? experts[0].gate_up : kind == BlockKind::linear ? out : in;

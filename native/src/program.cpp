@@ -356,7 +356,7 @@ void Program::attend(const StepArrays& step, const Block& block, float* sums) {
   pool_->for_rows(step.num_rows, kNormRows, [&](int64_t row, int thread) {
     prepare({}, block.out, out + row * out_width, row, thread);
   });
-  multiply(block.out, step.num_rows, core_.data(), hidden_size_);
+  multiply_last(block, block.out, input_.data(), 0, step.num_rows);
 }
 
 // A block whose rows do not read each other.
@@ -364,7 +364,7 @@ void Program::run_rows(const StepArrays& step, int index) {
   const Block& block = blocks_[index];
   if (block.kind == BlockKind::mlp) return run_mlp(step, block);
   if (block.kind == BlockKind::linear)
-    return multiply(block.out, step.num_rows, core_.data(), hidden_size_);
+    return multiply_last(block, block.out, input_.data(), 0, step.num_rows);
   if (!experts_.run({kernels_, *pool_, block, input_.data(), step.num_rows, core_.data()}))
     fail_not_finite("router logits", index);
 }
@@ -399,10 +399,24 @@ void Program::run_mlp(const StepArrays& step, const Block& block) {
     job.align = kPreparedTogether;
     job.is_paired = mlp.is_gated();
     linear(kernels_, *pool_, &job, 1);
-    LinearJob down =
-        mlp.down.job(down_input_.data(), rows, core_.data() + first * hidden_size_, hidden_size_);
-    linear(kernels_, *pool_, &down, 1);
+    multiply_last(block, mlp.down, down_input_.data(), first, rows);
   }
+}
+
+// A block's last linear for `rows` rows from `first` on: into `core_`, or added to the state at once.
+void Program::multiply_last(const Block& block, const Linear& linear, const char* x, int64_t first,
+                            int64_t rows) {
+  float* out = core_.data() + first * hidden_size_;
+  float* hidden = hidden_.data() + first * hidden_size_;
+  const std::function<void(const OutputRange&, int)> add = [&](const OutputRange& range, int) {
+    for (int64_t row = range.first_row; row < range.last_row; ++row) {
+      const int64_t at = row * hidden_size_ + range.first;
+      kernels_.ops->add(hidden + at, out + at, block.residual_scale, range.last - range.first);
+    }
+  };
+  LinearJob job = linear.job(x, rows, out, hidden_size_);
+  if (block.adds_at_once()) job.then = &add;
+  vivace::linear(kernels_, *pool_, &job, 1);
 }
 
 // The residual add, what was asked of the state, and the next block's input.
@@ -412,8 +426,10 @@ void Program::finish_block(const StepArrays& step, int index) {
   pool_->for_rows(step.num_rows, kNormRows, [&](int64_t row, int thread) {
     float* h = hidden_.data() + row * hidden_size_;
     float* x = core_.data() + row * hidden_size_;
-    if (block.post_norm.kind != NormKind::none) kernels_.ops->norm(block.post_norm, x, x);
-    kernels_.ops->add(h, x, block.residual_scale, hidden_size_);
+    if (!block.adds_at_once()) {
+      if (block.post_norm.kind != NormKind::none) kernels_.ops->norm(block.post_norm, x, x);
+      kernels_.ops->add(h, x, block.residual_scale, hidden_size_);
+    }
     if (!is_last) prepare(blocks_[index + 1].norm, blocks_[index + 1].first(), h, row, thread);
   });
   take_hidden(step, index);

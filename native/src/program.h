@@ -96,6 +96,8 @@ class Program {
   void run_head(const StepArrays& step);
   void prepare(const Norm& norm, const Linear& linear, const float* row, int64_t index, int thread);
   void multiply(const Linear& linear, int64_t num_rows, float* y, int64_t stride);
+  void multiply_last(const Block& block, const Linear& linear, const char* x, int64_t first,
+                     int64_t rows);
 
   const Kernels& kernels_;
   std::shared_ptr<Pool> pool_;
