@@ -101,7 +101,8 @@ def agreement_table(agreement: dict[str, Any]) -> str:
 def formats_table(results: dict[str, Any]) -> str:
     """What weight formats cost in quality, by bits per weight."""
     rows = [
-        "| format | bits per weight | perplexity, text | KL, text | KL, exercises | top-1, answers |",
+        "| format | bits per weight | perplexity, text | KL, text | KL, exercises "
+        "| top-1, answers |",
         "|---|---|---|---|---|---|",
     ]
     for name, values in results["formats"].items():

@@ -13,6 +13,8 @@ namespace {
 
 // Rows that share unpacked codes, by the registers there are.
 constexpr int kTileRows = VIVACE_LEVEL >= 2 ? 8 : 4;
+// Up to kWideRows rows, several panels at once make several streams from memory.
+constexpr int kWideRows = 4, kWidePanels = 4;
 
 VIVACE_INLINE F32x16 load_scales(ScaleType type, const uint8_t* p) {
   switch (type) {
@@ -44,6 +46,7 @@ struct Panels {
   ScaleType scale_type;
   bool has_zeros, is_row;  // is_row: one scale for all of K
 
+  Panels() = default;
   Panels(const Format& format, int32_t K, const void* unit)
       : panel(static_cast<const uint8_t*>(unit)),
         layout(panel_layout(format, K)),
@@ -115,6 +118,7 @@ struct Rows {
   const char* rows;
   size_t stride;
 
+  Rows() = default;
   Rows(const Format&, int32_t K, const void* unit)
       : rows(static_cast<const char*>(unit)),
         stride(static_cast<size_t>(K / Block::kWeights) * sizeof(Block)) {}
@@ -258,6 +262,7 @@ struct Unpacked {
   char* codes;
   float *scales, *minimums;
 
+  Unpacked() = default;
   Unpacked(Source source, int32_t K, char* scratch)
       : codes(scratch),
         scales(reinterpret_cast<float*>(scratch + static_cast<size_t>(K) * kPanelOutputs)),
@@ -288,6 +293,22 @@ struct Unpacked {
 
 constexpr int kUnpackTiles = 3;  // of rows, from which on blocks are taken apart once
 
+// Brings the panels that come next into the second-level cache, a share with every step.
+struct Ahead {
+  const char* panels;
+  size_t stride;     // from panel to panel
+  size_t at, until;  // bytes of each that are asked for, and to be so by the end of a step
+  size_t per_step;   // 0: there is nothing to bring
+
+  template <int P>
+  VIVACE_MEMBER void advance() {
+    until += per_step;
+    for (; at < until; at += 64) VIVACE_UNROLL
+    for (int p = 0; p < P; ++p)
+      __builtin_prefetch(panels + static_cast<size_t>(p) * stride + at, 0, 2);
+  }
+};
+
 struct Tile {
   int32_t K, input_group;
   Int8Layout input;
@@ -297,8 +318,7 @@ struct Tile {
   float* y;
   int64_t ldy;
   int outputs;
-  const char* next;  // weights that are read after these
-  size_t next_bytes_per_step;
+  Ahead ahead;
 };
 
 // The prepared rows of a tile. Few registers hold where they are: offsets are made of multiples of
@@ -354,114 +374,152 @@ struct TileRows {
   }
 };
 
-template <class Source, int T>
-[[gnu::noinline]] void multiply_tile(Source source, const Tile& tile) {
-  F32x16 acc[T];
+// T rows of inputs times P panels, one after the other within each step: memory then has as many
+// streams to read.
+template <class Source, int T, int P>
+[[gnu::noinline]] void multiply_tile(const Source* panels, const Tile& tile) {
+  Source sources[P];
+  F32x16 acc[P][T];
   VIVACE_UNROLL
-  for (int r = 0; r < T; ++r) acc[r] = zero();
+  for (int p = 0; p < P; ++p) {
+    sources[p] = panels[p];
+    VIVACE_UNROLL
+    for (int r = 0; r < T; ++r) acc[p][r] = zero();
+  }
   TileRows rows(tile);
   const int num_steps = (tile.K + kStepInputs - 1) / kStepInputs;
-  const char* next = tile.next;
-  const auto prefetch = [&] {
-    for (size_t line = 0; line < tile.next_bytes_per_step; line += 64)
-      __builtin_prefetch(next + line, 0, 2);
-    next += tile.next_bytes_per_step;
+  Ahead ahead = tile.ahead;
+  const auto start = [&](int p, int r, int group) {
+    return sources[p].start(group, set1_i32(rows.scale(r, group).offset));
   };
-  const auto start = [&](int r, int group) {
-    return source.start(group, set1_i32(rows.scale(r, group).offset));
-  };
-  const auto join = [&](int r, I32x16 sum, int group, F32x16 scale) {
-    acc[r] = fma(to_float(sum), mul(scale, set1(rows.scale(r, group).scale)), acc[r]);
+  const auto join = [&](int p, int r, I32x16 sum, int group, F32x16 scale) {
+    acc[p][r] = fma(to_float(sum), mul(scale, set1(rows.scale(r, group).scale)), acc[p][r]);
   };
   Bytes64 codes[8];
   if constexpr (Source::kGroup == 16) {
     for (int step = 0; step < num_steps; ++step) {
       rows.template forget<T>();
-      prefetch();
-      source.unpack(step, codes);
+      ahead.template advance<P>();
       VIVACE_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int group = 2 * step + half;
-        const F32x16 scale = source.scale(group);
-        I32x16 sums[T];
+      for (int p = 0; p < P; ++p) {
+        sources[p].unpack(step, codes);
         VIVACE_UNROLL
-        for (int r = 0; r < T; ++r) sums[r] = start(r, group);
-        dot<T, 4, Source::kMaxCode>(sums, codes + 4 * half,
-                                    [&](int r) { return rows.input(r, step) + 16 * half; });
-        VIVACE_UNROLL
-        for (int r = 0; r < T; ++r) join(r, sums[r], group, scale);
+        for (int half = 0; half < 2; ++half) {
+          const int group = 2 * step + half;
+          const F32x16 scale = sources[p].scale(group);
+          I32x16 sums[T];
+          VIVACE_UNROLL
+          for (int r = 0; r < T; ++r) sums[r] = start(p, r, group);
+          dot<T, 4, Source::kMaxCode>(sums, codes + 4 * half,
+                                      [&](int r) { return rows.input(r, step) + 16 * half; });
+          VIVACE_UNROLL
+          for (int r = 0; r < T; ++r) join(p, r, sums[r], group, scale);
+        }
       }
     }
   } else if (Source::kGroup == 32 || tile.input_group == 32) {
     for (int step = 0; step < num_steps; ++step) {
       rows.template forget<T>();
-      prefetch();
-      source.unpack(step, codes);
-      const F32x16 scale = source.scale(step);
-      [[maybe_unused]] const F32x16 minimum = source.minimum(step);
-      I32x16 sums[T];
+      ahead.template advance<P>();
       VIVACE_UNROLL
-      for (int r = 0; r < T; ++r) sums[r] = start(r, step);
-      dot<T, 8, Source::kMaxCode>(sums, codes, [&](int r) { return rows.input(r, step); });
-      VIVACE_UNROLL
-      for (int r = 0; r < T; ++r) {
-        join(r, sums[r], step, scale);
-        if constexpr (Source::kHasMinimum)
-          acc[r] = fma(minimum, set1(rows.product(r, step)), acc[r]);
+      for (int p = 0; p < P; ++p) {
+        sources[p].unpack(step, codes);
+        const F32x16 scale = sources[p].scale(step);
+        [[maybe_unused]] const F32x16 minimum = sources[p].minimum(step);
+        I32x16 sums[T];
+        VIVACE_UNROLL
+        for (int r = 0; r < T; ++r) sums[r] = start(p, r, step);
+        dot<T, 8, Source::kMaxCode>(sums, codes, [&](int r) { return rows.input(r, step); });
+        VIVACE_UNROLL
+        for (int r = 0; r < T; ++r) {
+          join(p, r, sums[r], step, scale);
+          if constexpr (Source::kHasMinimum)
+            acc[p][r] = fma(minimum, set1(rows.product(r, step)), acc[p][r]);
+        }
       }
     }
   } else {
     const int steps_per_group = tile.input_group / kStepInputs;
     for (int step = 0, group = 0; step < num_steps; ++group) {
-      I32x16 sums[T];
+      I32x16 sums[P][T];
       VIVACE_UNROLL
-      for (int r = 0; r < T; ++r) sums[r] = start(r, group);
+      for (int p = 0; p < P; ++p) VIVACE_UNROLL
+      for (int r = 0; r < T; ++r) sums[p][r] = start(p, r, group);
       const int end = step + steps_per_group < num_steps ? step + steps_per_group : num_steps;
       for (; step < end; ++step) {
         rows.template forget<T>();
-        prefetch();
-        source.unpack(step, codes);
-        dot<T, 8, Source::kMaxCode>(sums, codes, [&](int r) { return rows.input(r, step); });
+        ahead.template advance<P>();
+        VIVACE_UNROLL
+        for (int p = 0; p < P; ++p) {
+          sources[p].unpack(step, codes);
+          dot<T, 8, Source::kMaxCode>(sums[p], codes, [&](int r) { return rows.input(r, step); });
+        }
       }
-      const F32x16 scale = source.scale(group);
       VIVACE_UNROLL
-      for (int r = 0; r < T; ++r) join(r, sums[r], group, scale);
+      for (int p = 0; p < P; ++p) {
+        const F32x16 scale = sources[p].scale(group);
+        VIVACE_UNROLL
+        for (int r = 0; r < T; ++r) join(p, r, sums[p][r], group, scale);
+      }
     }
   }
-  const F32x16 row_scale = source.row_scale();
-  const F32x16 bias = tile.bias == nullptr ? zero() : load_first(tile.bias, tile.outputs);
   VIVACE_UNROLL
-  for (int r = 0; r < T; ++r) {
-    F32x16 out = mul(acc[r], row_scale);
-    if (tile.bias != nullptr) out = add(out, bias);
-    if (tile.outputs == kPanelOutputs)
-      store(tile.y + r * tile.ldy, out);
-    else
-      store_first(tile.y + r * tile.ldy, out, tile.outputs);
+  for (int p = 0; p < P; ++p) {
+    const F32x16 row_scale = sources[p].row_scale();
+    const int outputs = tile.outputs - p * kPanelOutputs < kPanelOutputs
+                            ? tile.outputs - p * kPanelOutputs
+                            : kPanelOutputs;
+    const float* own = tile.bias == nullptr ? nullptr : tile.bias + p * kPanelOutputs;
+    const F32x16 bias = own == nullptr ? zero() : load_first(own, outputs);
+    VIVACE_UNROLL
+    for (int r = 0; r < T; ++r) {
+      F32x16 out = mul(acc[p][r], row_scale);
+      if (own != nullptr) out = add(out, bias);
+      float* y = tile.y + r * tile.ldy + p * kPanelOutputs;
+      if (outputs == kPanelOutputs)
+        store(y, out);
+      else
+        store_first(y, out, outputs);
+    }
   }
 }
 
 template <class Source>
-void multiply_rows(int T, const Source& source, const Tile& tile) {
+void multiply_rows(int T, const Source* panel, const Tile& tile) {
   switch (T) {
 #if VIVACE_LEVEL >= 2
     case 8:
-      return multiply_tile<Source, 8>(source, tile);
+      return multiply_tile<Source, 8, 1>(panel, tile);
     case 7:
-      return multiply_tile<Source, 7>(source, tile);
+      return multiply_tile<Source, 7, 1>(panel, tile);
     case 6:
-      return multiply_tile<Source, 6>(source, tile);
+      return multiply_tile<Source, 6, 1>(panel, tile);
     case 5:
-      return multiply_tile<Source, 5>(source, tile);
+      return multiply_tile<Source, 5, 1>(panel, tile);
 #endif
     case 4:
-      return multiply_tile<Source, 4>(source, tile);
+      return multiply_tile<Source, 4, 1>(panel, tile);
     case 3:
-      return multiply_tile<Source, 3>(source, tile);
+      return multiply_tile<Source, 3, 1>(panel, tile);
     case 2:
-      return multiply_tile<Source, 2>(source, tile);
+      return multiply_tile<Source, 2, 1>(panel, tile);
     default:
-      return multiply_tile<Source, 1>(source, tile);
+      return multiply_tile<Source, 1, 1>(panel, tile);
+  }
+}
+
+// The same for kWidePanels panels and few rows.
+template <class Source>
+void multiply_wide(int T, const Source* panels, const Tile& tile) {
+  switch (T) {
+    case 4:
+      return multiply_tile<Source, 4, kWidePanels>(panels, tile);
+    case 3:
+      return multiply_tile<Source, 3, kWidePanels>(panels, tile);
+    case 2:
+      return multiply_tile<Source, 2, kWidePanels>(panels, tile);
+    default:
+      return multiply_tile<Source, 1, kWidePanels>(panels, tile);
   }
 }
 
@@ -473,8 +531,8 @@ void multiply_panel(const Source& source, const LinearItem& item, int num_tiles,
     const int count = (item.M - m) / (num_tiles - i);
     tile.x = static_cast<const char*>(item.x) + static_cast<size_t>(m) * item.x_stride;
     tile.y = y + m * item.ldy;
-    multiply_rows(count, source, tile);
-    tile.next_bytes_per_step = 0;
+    multiply_rows(count, &source, tile);
+    tile.ahead.per_step = 0;
     m += count;
   }
 }
@@ -488,16 +546,33 @@ void multiply_as(const Format& format, const LinearItem& item) {
   tile.K = item.K;
   tile.input_group = format.input.group;
   tile.input = int8_layout(format.input, item.K);
+  tile.x = static_cast<const char*>(item.x);
   tile.x_stride = item.x_stride;
   tile.ldy = item.ldy;
   const size_t steps = (static_cast<size_t>(item.K) + kStepInputs - 1) / kStepInputs;
-  for (int n = 0; n < item.rows; n += kPanelOutputs, weight += unit) {
-    const Source source(format, item.K, weight);
-    tile.outputs = item.rows - n < kPanelOutputs ? item.rows - n : kPanelOutputs;
+  const auto aim = [&](int n, int panels) {
+    tile.outputs = item.rows - n;
     tile.bias = item.bias == nullptr ? nullptr : item.bias + n;
-    tile.next = n + kPanelOutputs < item.rows ? weight + unit : static_cast<const char*>(item.next);
-    tile.next_bytes_per_step = tile.next == nullptr ? 0 : unit / steps;
     tile.y = item.y + n;
+    const char* next = n + panels * kPanelOutputs < item.rows
+                           ? weight + static_cast<size_t>(n / kPanelOutputs + panels) * unit
+                           : static_cast<const char*>(item.next);
+    tile.ahead = {next, unit, 0, 0, next == nullptr ? 0 : unit / steps};
+  };
+  int n = 0;
+  if constexpr (Source::kGroup == 0) {
+    const int width = item.M <= kWideRows ? kWidePanels * kPanelOutputs : item.rows + 1;
+    for (; n + width <= item.rows; n += width) {
+      Source sources[kWidePanels];
+      for (int p = 0; p < kWidePanels; ++p)
+        sources[p] = Source(format, item.K, weight + (n / kPanelOutputs + p) * unit);
+      aim(n, kWidePanels);
+      multiply_wide(item.M, sources, tile);
+    }
+  }
+  for (; n < item.rows; n += kPanelOutputs) {
+    const Source source(format, item.K, weight + n / kPanelOutputs * unit);
+    aim(n, 1);
     if constexpr (Source::kGroup != 0) {
       if (tiles >= kUnpackTiles) {
         multiply_panel(Unpacked<Source>(source, item.K, item.scratch), item, tiles, tile);

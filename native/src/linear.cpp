@@ -16,6 +16,7 @@ constexpr int32_t kManyRows = 16;  // from here on, a matrix product; below, a s
 constexpr size_t kStreamItemBytes = 128 << 10;  // of W per item, where reading it is the cost
 constexpr int32_t kMaxBlockRows = 256;          // rows of x per item
 constexpr int32_t kItemOutputs = 48;            // rows of W per item, where arithmetic is the cost
+constexpr int32_t kItemCodes = 192;             // the same, of codes
 constexpr size_t kBlockBytes = 192 << 10;       // of x per item, beside codes: both stay in L2
 
 struct Cut {
@@ -40,7 +41,7 @@ Cut cut(const LinearJob& job, const LinearPart& part) {
   Cut cut;
   if (job.M < kManyRows) {
     // A multiple of what every kernel takes at once.
-    const int32_t tile = is_float(part.format) ? (job.M <= 3 ? 8 : 6) : kPanelOutputs;
+    const int32_t tile = is_float(part.format) ? (job.M <= 3 ? 8 : 6) : 4 * kPanelOutputs;
     const size_t unit = unit_bytes(part.format, job.K) * (job.is_paired ? 2 : 1);
     const size_t row = std::max<size_t>(1, unit / unit_outputs(part.format));
     const auto outputs = static_cast<int32_t>(std::min<size_t>(kStreamItemBytes / row, 4096));
@@ -51,7 +52,7 @@ Cut cut(const LinearJob& job, const LinearPart& part) {
     if (!is_float(part.format))
       most = std::clamp(static_cast<int32_t>(kBlockBytes / job.x_stride) / 8 * 8, 32, most);
     const int32_t wanted = (job.M + most - 1) / most;
-    cut.item_outputs = kItemOutputs;
+    cut.item_outputs = is_float(part.format) ? kItemOutputs : kItemCodes;
     cut.item_rows = round_up((job.M + wanted - 1) / wanted, 8);
   }
   if (job.align > 1)
@@ -108,9 +109,10 @@ void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int th
   const LinearPart& part = job.parts[index];
   OutputRange range;
   range.part = index;
-  range.first = static_cast<int32_t>(item % cuts.items_per_block) * cuts.item_outputs;
+  // All rows of x meet some rows of W before the next of W are read.
+  range.first = static_cast<int32_t>(item / cuts.row_blocks) * cuts.item_outputs;
   range.last = std::min(range.first + cuts.item_outputs, part.rows);
-  range.first_row = static_cast<int32_t>(item / cuts.items_per_block) * cuts.item_rows;
+  range.first_row = static_cast<int32_t>(item % cuts.row_blocks) * cuts.item_rows;
   range.last_row = std::min(range.first_row + cuts.item_rows, job.M);
   // Items are claimed in order, so with every thread at work this one's next is `threads` further.
   const int64_t ahead = int64_t{range.first} + int64_t{cuts.item_outputs} * threads;

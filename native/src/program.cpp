@@ -403,7 +403,8 @@ void Program::run_mlp(const StepArrays& step, const Block& block) {
   }
 }
 
-// A block's last linear for `rows` rows from `first` on: into `core_`, or added to the state at once.
+// A block's last linear for `rows` rows from `first` on: into `core_`, or added to the state at
+// once.
 void Program::multiply_last(const Block& block, const Linear& linear, const char* x, int64_t first,
                             int64_t rows) {
   float* out = core_.data() + first * hidden_size_;

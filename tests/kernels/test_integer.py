@@ -1,4 +1,4 @@
-"""Integer codes and blocks of GGUF: right sums, the same bits on every path, nothing read beyond."""
+"""Integer codes and blocks of GGUF: right sums, the same bits everywhere, nothing read beyond."""
 
 from __future__ import annotations
 
