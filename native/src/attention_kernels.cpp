@@ -176,6 +176,7 @@ struct Block {
     Reads reads[2];
     Rescaling rescaling;
     find(reads[0], first, last);
+    prefetch_tile(reads[0].tile, call.head_dim * sizeof(T));
     for (int64_t entry = first; entry < last; entry += kTileEntries) {
       const int now = entry / kTileEntries % 2;
       const Tile& next = reads[1 - now].tile;

@@ -66,6 +66,15 @@ inline void prefetch(const char* line) {
   __builtin_prefetch(line, 0, 2);
 }
 
+// A tile that nothing came before.
+void prefetch_tile(const Tile& tile, int64_t entry_bytes) {
+  for (int group = 0; group < 4; ++group)
+    for (int64_t byte = 0; tile.keys[group] && byte < 16 * entry_bytes; byte += 64) {
+      prefetch(tile.keys[group] + byte);
+      prefetch(tile.values[group] + byte);
+    }
+}
+
 // Chains over the dimensions for R queries and C groups of 16 entries. The same place in `next` is
 // asked for ahead of its use: hardware does not look past a page's end.
 template <class T, int R, int C>
