@@ -195,11 +195,13 @@ def measure(threads: int, rounds: int) -> dict[str, Any]:
         for context in PREFILL_CONTEXTS:
             result = prefill(kv_store, context, threads, rounds)
             note("prefill", f"{kv_store}, after {context}", result, "share_of_peak")
+    keeper = Layer("float32", 1, 16, 1, threads)  # keeps the threads, as an executor does
     for kind, logits in make_logits().items():
         for name, options in SAMPLERS.items():
             for rows in (1, NUM_LOGITS_ROWS):
                 result = sampler(logits, options, rows, threads, rounds)
                 note("sampler", f"{kind}, {name}, {rows} rows", result, "share_of_step")
+    keeper.run()
     return results
 
 

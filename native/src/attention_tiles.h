@@ -83,8 +83,10 @@ template <class T, int R, int C>
   constexpr int kStep = 4 / sizeof(T);  // dimensions of a vector's 64 bytes
   F32x16 sum[R][C];
   VIVACE_UNROLL
-  for (int r = 0; r < R; ++r) VIVACE_UNROLL
-  for (int c = 0; c < C; ++c) sum[r][c] = zero();
+  for (int r = 0; r < R; ++r) {
+    VIVACE_UNROLL
+    for (int c = 0; c < C; ++c) sum[r][c] = zero();
+  }
   for (int d = 0; d + kStep <= head_dim; d += kStep) {
     VIVACE_UNROLL
     for (int c = 0; c < C; ++c) prefetch(next[c] + 16 * sizeof(T) * d);
@@ -102,8 +104,10 @@ template <class T, int R, int C>
     }
   }
   VIVACE_UNROLL
-  for (int r = 0; r < R; ++r) VIVACE_UNROLL
-  for (int c = 0; c < C; ++c) store(scores + r * kTileEntries + 16 * c, sum[r][c]);
+  for (int r = 0; r < R; ++r) {
+    VIVACE_UNROLL
+    for (int c = 0; c < C; ++c) store(scores + r * kTileEntries + 16 * c, sum[r][c]);
+  }
 }
 
 // The last of an odd number of bfloat16 dimensions, which has no pair.
@@ -169,9 +173,11 @@ template <class T, int R, int C>
                                   int from, float* values, int64_t stride) {
   F32x16 sum[R][C];
   VIVACE_UNROLL
-  for (int r = 0; r < R; ++r) VIVACE_UNROLL
-  for (int c = 0; c < C; ++c)
-    sum[r][c] = mul(load(values + r * stride + from + 16 * c), set1(factors[r]));
+  for (int r = 0; r < R; ++r) {
+    VIVACE_UNROLL
+    for (int c = 0; c < C; ++c)
+      sum[r][c] = mul(load(values + r * stride + from + 16 * c), set1(factors[r]));
+  }
   for (; bits != 0; bits &= bits - 1) {
     const int entry = __builtin_ctzll(bits);
     const int64_t place = (int64_t{entry % 16} * head_dim + from) * sizeof(T);
@@ -188,8 +194,10 @@ template <class T, int R, int C>
     }
   }
   VIVACE_UNROLL
-  for (int r = 0; r < R; ++r) VIVACE_UNROLL
-  for (int c = 0; c < C; ++c) store(values + r * stride + from + 16 * c, sum[r][c]);
+  for (int r = 0; r < R; ++r) {
+    VIVACE_UNROLL
+    for (int c = 0; c < C; ++c) store(values + r * stride + from + 16 * c, sum[r][c]);
+  }
 }
 
 template <class T, int R>

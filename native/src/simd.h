@@ -410,6 +410,19 @@ VIVACE_INLINE Mask16 first_lanes(int n) {
 #endif
 }
 
+// Bit i: lane i.
+VIVACE_INLINE uint32_t mask_bits(Mask16 mask) {
+#if VIVACE_LEVEL >= 2
+  return mask.v;
+#elif VIVACE_LEVEL == 1
+  return static_cast<uint32_t>(_mm256_movemask_ps(mask.lo) | _mm256_movemask_ps(mask.hi) << 8);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(mask.v[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // mask ? a : b
 VIVACE_INLINE F32x16 select(Mask16 mask, F32x16 a, F32x16 b) {
 #if VIVACE_LEVEL >= 2
