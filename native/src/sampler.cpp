@@ -219,42 +219,47 @@ class Row {
     return total_of(work_.sums);
   }
 
-  // Candidates are those whose logit is at least `lowest`, unless their weight is 0.
-  void gather(double lowest) {
+  // The tokens whose logit is at least `lowest`, and their weights. Returns the sum of these, by
+  // tiles of what was found.
+  double find_from(double lowest) {
     const int64_t count = ops_.gather(logits_, maxima_->data(), static_cast<float>(lowest), size_,
                                       work_.found_ids.data(), work_.found.data());
     work_.weights.resize(count);
     work_.found_sums.resize((count + kTile - 1) / kTile);
     ops_.exp_sums(work_.found.data(), top_, scale_, work_.weights.data(), work_.found_sums.data(),
                   count);
-    work_.candidates.clear();
-    for (int64_t i = 0; i < count; ++i)
-      if (work_.weights[i] > 0.0f)
-        work_.candidates.add({work_.found[i], work_.weights[i], work_.found_ids[i]});
+    return total_of(work_.found_sums);
+  }
+
+  // The same down to where their weights are `enough`.
+  void find_mass(double enough) {
+    constexpr double kLastNats = 104.0;        // beyond, every weight is 0
+    constexpr double kSurely = 1.0 + 0x1p-19;  // sums of float32 are off by less
+    double nats = 4.0;
+    while (find_from(top_ - nats / scale_) < enough * kSurely && nats < kLastNats)
+      nats += std::max(1.5, nats / 4.0);
   }
 
   // Gathers few tokens, but all that the options may keep, and cuts them down.
   void cut(const SamplingOptions& options, bool is_top_k) {
-    constexpr double kFirstNats = 4.0, kGrowth = 1.5;
-    constexpr double kLastNats = 104.0;  // beyond, every weight is 0
-    constexpr double kSlack = 0.01;      // nats, far above the rounding of a weight
-    Candidates& candidates = work_.candidates;
     double enough = 0.0;  // of the weights, for top-p alone
     if (is_top_k) {
-      gather(bound_of_top_k(*maxima_, options.top_k, work_.kth));
-      candidates.keep_top_k(static_cast<size_t>(options.top_k));
+      find_from(bound_of_top_k(*maxima_, options.top_k, work_.kth));
     } else if (options.typical_p < 1.0) {
-      gather(-kInfinity);
+      find_from(-kInfinity);
     } else if (options.top_p < 1.0) {
       enough = options.top_p * sum_all();
-      double nats = kFirstNats;
-      for (gather(top_ - nats / scale_); candidates.total() < enough && nats < kLastNats;) {
-        nats *= kGrowth;
-        gather(top_ - nats / scale_);
-      }
+      find_mass(enough);
     } else {
-      gather(top_ + (std::log(options.min_p) - kSlack) / scale_);
+      constexpr double kSlack = 0.01;  // nats, far above the rounding of a weight
+      find_from(top_ + (std::log(options.min_p) - kSlack) / scale_);
     }
+    Candidates& candidates = work_.candidates;
+    candidates.clear();
+    for (size_t i = 0; i < work_.weights.size(); ++i)
+      if (work_.weights[i] > 0.0f)
+        candidates.add({work_.found[i], work_.weights[i], work_.found_ids[i]});
+    if (is_top_k) candidates.keep_top_k(static_cast<size_t>(options.top_k));
     if (options.typical_p < 1.0) candidates.keep_typical(options.typical_p, top_, scale_);
     if (options.top_p < 1.0) {
       if (enough == 0.0) enough = options.top_p * candidates.total();
