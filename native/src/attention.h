@@ -17,7 +17,7 @@ enum class MaskKind : int { causal, full, block_causal, span, tree, cross };
 constexpr int kTileEntries = 64;
 constexpr int kChunkEntries = 1024;
 constexpr int kMaxHeadDim = 512;
-constexpr int kMaxItemQueries = 32;  // query vectors (rows x heads) of a work item
+constexpr int kMaxItemQueries = 48;  // query vectors (rows x heads) of a work item
 
 // A run of cached entries and who may read them: `vivace.types.Segment`, flat.
 struct Segment {

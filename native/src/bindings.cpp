@@ -14,7 +14,7 @@ std::shared_ptr<Pool> shared_pool(std::optional<int> threads) {
   static std::map<int, std::weak_ptr<Pool>> pools;
   if (threads && (*threads < 1 || *threads > 1024))
     throw NativeError("threads is " + std::to_string(*threads) + ": expected 1 to 1024");
-  const int count = threads.value_or(default_threads());
+  const int count = threads ? *threads : default_threads();  // the default reads files
   const std::lock_guard lock(mutex);
   std::shared_ptr<Pool> pool = pools[count].lock();
   if (!pool) pools[count] = pool = std::make_shared<Pool>(count);

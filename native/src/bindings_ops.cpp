@@ -139,7 +139,7 @@ nb::tuple softmax_parts(In<float> x, float scale, const OptionalIsa& isa) {
   const auto sums = new_array<float>({(x.size() + 63) / 64});
   const FloatEnvironment environment;
   const OpKernels& ops = *find_kernels(isa).ops;
-  const float maximum = ops.maximum(x.data(), static_cast<int64_t>(x.size()));
+  const float maximum = ops.maximum(x.data(), static_cast<int64_t>(x.size()), nullptr, nullptr);
   ops.exp_sums(x.data(), maximum, scale, y.data(), sums.data(), static_cast<int64_t>(x.size()));
   return nb::make_tuple(y, sums, maximum);
 }

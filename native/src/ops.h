@@ -35,10 +35,15 @@ struct OpKernels {
   // x = scale * soft_cap * tanh(x / soft_cap); soft_cap 0: x = scale * x
   void (*soft_cap)(float* x, float soft_cap, float scale, int64_t size);
   bool (*is_finite)(Storage storage, const void* elements, int64_t size);
-  // The largest value; NaN if any value is NaN.
-  float (*maximum)(const float* x, int64_t size);
-  // y = exp((x - maximum) * scale), with the sum of each 64 in `sums` [ceil(size / 64)]; y may be
-  // null.
+  // The largest value; NaN if any value is NaN. Unless null: `maxima` [ceil(size / 64)] get the
+  // largest of each 64, and `copy` [size] the values.
+  float (*maximum)(const float* x, int64_t size, float* maxima, float* copy);
+  // Those that are at least `lowest`, in order: `ids` and `values` [size]. Returns their number.
+  // `maxima` as above: tiles below are not read.
+  int64_t (*gather)(const float* x, const float* maxima, float lowest, int64_t size, int32_t* ids,
+                    float* values);
+  // y = exp((x - maximum) * scale) of values up to the maximum, with the sum of each 64 in `sums`
+  // [ceil(size / 64)]; y may be null.
   void (*exp_sums)(const float* x, float maximum, float scale, float* y, float* sums, int64_t size);
 };
 

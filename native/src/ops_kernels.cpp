@@ -151,49 +151,77 @@ bool all_finite(Storage storage, const void* elements, int64_t size) {
   return reduce_add(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) == 0.0f;
 }
 
-float maximum_of(const float* x, int64_t size) {
-  const F32x16 top = set1(infinity()), one = set1(1.0f);
-  F32x16 high[4], odd[4];  // odd counts what is not below infinity: NaN, or infinity itself
-  for (int c = 0; c < 4; ++c) {
-    high[c] = set1(-infinity());
-    odd[c] = zero();
-  }
-  const auto take = [&](int c, F32x16 value) {
-    high[c] = max(value, high[c]);
-    odd[c] = add(odd[c], select(less(value, top), zero(), one));
-  };
-  int64_t i = 0;
-  for (; i + 64 <= size; i += 64)
-    for (int c = 0; c < 4; ++c) take(c, load(x + i + 16 * c));
-  for (; i < size; i += 16) {
-    const int count = static_cast<int>(size - i < 16 ? size - i : 16);
-    take(0, select(first_lanes(count), load_some(x + i, count), set1(-infinity())));
+float maximum_of(const float* x, int64_t size, float* maxima, float* copy) {
+  const F32x16 lowest = set1(-infinity()), top = set1(infinity()), one = set1(1.0f);
+  F32x16 high = lowest;
+  F32x16 odd[4] = {zero(), zero(), zero(), zero()};  // counts NaN and infinity
+  for (int64_t tile = 0; tile < size; tile += 64) {
+    F32x16 tile_high = lowest;
+    for (int c = 0; c < 4; ++c) {
+      const int64_t i = tile + 16 * c;
+      if (i >= size) break;
+      const int count = static_cast<int>(size - i < 16 ? size - i : 16);
+      F32x16 value = load_some(x + i, count);
+      if (copy) store_some(copy + i, value, count);
+      if (count < 16) value = select(first_lanes(count), value, lowest);
+      tile_high = max(value, tile_high);  // this order drops a NaN
+      odd[c] = add(odd[c], select(less(value, top), zero(), one));
+    }
+    if (maxima) maxima[tile / 64] = reduce_max(tile_high);
+    high = max(tile_high, high);
   }
   if (reduce_add(add(add(odd[0], odd[1]), add(odd[2], odd[3]))) > 0.0f)
-    for (i = 0; i < size; ++i)
+    for (int64_t i = 0; i < size; ++i)
       if (x[i] != x[i]) return x[i];
-  return reduce_max(max(max(high[0], high[1]), max(high[2], high[3])));
+  return reduce_max(high);
+}
+
+int64_t gather_from(const float* x, const float* maxima, float lowest, int64_t size, int32_t* ids,
+                    float* values) {
+  const F32x16 bound = set1(lowest);
+  int64_t num_found = 0;
+  for (int64_t i = 0; i < size; i += 16) {
+    if (i % 64 == 0 && maxima[i / 64] < lowest) {
+      i += 48;
+      continue;
+    }
+    const int count = static_cast<int>(size - i < 16 ? size - i : 16);
+    uint32_t bits = ~mask_bits(less(load_some(x + i, count), bound)) & ((1u << count) - 1);
+    for (; bits != 0; bits &= bits - 1) {
+      const int64_t id = i + __builtin_ctz(bits);
+      ids[num_found] = static_cast<int32_t>(id);
+      values[num_found++] = x[id];
+    }
+  }
+  return num_found;
 }
 
 void exp_sums_row(const float* x, float maximum, float scale, float* y, float* sums, int64_t size) {
   const F32x16 top = set1(maximum), factor = set1(scale);
-  for (int64_t tile = 0; tile < size; tile += 64) {
-    F32x16 sum = zero();
-    for (int64_t i = tile; i < tile + 64 && i < size; i += 16) {
-      const int count = static_cast<int>(size - i < 16 ? size - i : 16);
-      F32x16 weight = exp(mul(sub(load_some(x + i, count), top), factor));
-      if (count < 16) weight = select(first_lanes(count), weight, zero());
-      if (y) store_some(y + i, weight, count);
-      sum = add(sum, weight);
-    }
+  const auto weigh = [&](int64_t i, int count) {
+    const F32x16 weight = exp_not_above_zero(mul(sub(load_some(x + i, count), top), factor));
+    if (y) store_some(y + i, weight, count);
+    return weight;
+  };
+  int64_t tile = 0;
+  for (; tile + 64 <= size; tile += 64) {
+    F32x16 sum = weigh(tile, 16);
+    for (int c = 1; c < 4; ++c) sum = add(sum, weigh(tile + 16 * c, 16));
     sums[tile / 64] = reduce_add(sum);
   }
+  if (tile == size) return;
+  F32x16 sum = zero();
+  for (int64_t i = tile; i < size; i += 16) {
+    const int count = static_cast<int>(size - i < 16 ? size - i : 16);
+    sum = add(sum, select(first_lanes(count), weigh(i, count), zero()));
+  }
+  sums[tile / 64] = reduce_add(sum);
 }
 
 }  // namespace
 
 extern const OpKernels op_kernels;
 const OpKernels op_kernels = {norm_row,     add_row,    widen_row,  rotate_head, activate_row,
-                              soft_cap_row, all_finite, maximum_of, exp_sums_row};
+                              soft_cap_row, all_finite, maximum_of, gather_from, exp_sums_row};
 
 }  // namespace vivace::VIVACE_ISA

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "candidates.h"
 #include "native_error.h"
 #include "ops.h"
 
@@ -13,24 +14,23 @@ namespace vivace {
 
 namespace {
 
-constexpr int64_t kTile = 64;  // tokens per partial sum of `exp_sums`
+constexpr int64_t kTile = 64;        // tokens of a maximum and of a partial sum
+constexpr int64_t kGroupTiles = 16;  // tiles of a larger maximum
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 enum class Status { fine, not_a_number, infinite, impossible };
 
-struct Candidate {
-  float logit, weight;
-  int32_t id;
-};
-
-using Rank = std::pair<double, int32_t>;  // what is kept first, ties to the lower id
-
 // Memory of one thread.
 struct Work {
-  std::vector<float> logits, weights, sums;
-  std::vector<int32_t> counts;        // all zero between rows
-  std::vector<Candidate> candidates;  // in order of ids
-  std::vector<Rank> ranks;
+  std::vector<float> logits;       // adjusted
+  std::vector<float> raw_maxima;   // of each tile
+  std::vector<float> maxima;       // of the adjusted logits' tiles
+  std::vector<float> kth;          // for selection
+  std::vector<float> sums;         // of each tile's weights
+  std::vector<int32_t> counts;     // all zero between rows
+  std::vector<int32_t> found_ids;  // gathered tokens, their logits and weights
+  std::vector<float> found, weights, found_sums;
+  Candidates candidates;
 };
 
 Work& thread_work() {
@@ -44,10 +44,21 @@ double total_of(const std::vector<float>& sums) {
   return total;
 }
 
-double total_of(const std::vector<Candidate>& candidates) {
-  double total = 0.0;
-  for (const Candidate& candidate : candidates) total += candidate.weight;
-  return total;
+// At most the k-th largest of what the maxima are of, found without sorting; -inf if there are
+// fewer maxima.
+float bound_of_top_k(const std::vector<float>& maxima, double k, std::vector<float>& work) {
+  work = maxima;
+  const int64_t num_groups = static_cast<int64_t>(maxima.size()) / kGroupTiles;
+  if (2 * k <= static_cast<double>(num_groups)) {  // larger maxima bound it nearly as well
+    for (int64_t group = 0; group < num_groups; ++group)
+      work[group] = *std::max_element(maxima.begin() + group * kGroupTiles,
+                                      maxima.begin() + (group + 1) * kGroupTiles);
+    work.resize(num_groups);
+  }
+  if (k > static_cast<double>(work.size())) return -kInfinity;
+  const auto kth = work.begin() + static_cast<int64_t>(k) - 1;
+  std::nth_element(work.begin(), kth, work.end(), std::greater<>());
+  return *kth;
 }
 
 class Row {
@@ -58,81 +69,115 @@ class Row {
         row_(row),
         size_(arrays.vocab_size),
         raw_(arrays.logits + row * arrays.vocab_size),
+        logits_(raw_),
+        maxima_(&work.raw_maxima),
         work_(work) {
-    work_.sums.resize((size_ + kTile - 1) / kTile);
+    const int64_t num_tiles = (size_ + kTile - 1) / kTile;
+    work_.sums.resize(num_tiles);
+    work_.raw_maxima.resize(num_tiles);
+    work_.found_ids.resize(size_);
+    work_.found.resize(size_);
   }
 
-  Status check() {
-    maximum_ = ops_.maximum(raw_, size_);
+  // Finds the maxima and, where they will be adjusted, copies the logits on the way.
+  Status check(bool is_adjusted) {
+    if (is_adjusted) work_.logits.resize(size_);
+    maximum_ = top_ = ops_.maximum(raw_, size_, work_.raw_maxima.data(),
+                                   is_adjusted ? work_.logits.data() : nullptr);
     if (std::isnan(maximum_)) return Status::not_a_number;
     return std::isinf(maximum_) ? Status::infinite : Status::fine;
   }
 
-  // Log-probabilities of `token` and of the largest logits.
-  void describe(int32_t token) {
-    ops_.exp_sums(raw_, maximum_, 1.0f, nullptr, work_.sums.data(), size_);
-    const double normalizer = maximum_ + std::log(total_of(work_.sums));
-    if (arrays_.logprobs) arrays_.logprobs[row_] = static_cast<float>(raw_[token] - normalizer);
-    float* values = arrays_.top_logprobs + row_ * arrays_.num_top;
-    largest(raw_, size_, arrays_.num_top, arrays_.top_ids + row_ * arrays_.num_top, values);
-    for (int64_t i = 0; i < arrays_.num_top; ++i)
-      values[i] = static_cast<float>(values[i] - normalizer);
+  // Whether penalties, a bias or forbidden tokens change the logits.
+  bool is_adjusted() const {
+    const auto [bias, bias_end] = range(arrays_.bias);
+    const auto [forbidden, forbidden_end] = range(arrays_.forbidden);
+    return is_penalized() || bias != bias_end || forbidden != forbidden_end;
+  }
+
+  void adjust() {
+    work_.maxima = work_.raw_maxima;
+    if (is_penalized()) penalize(arrays_.options[row_]);
+    const auto [bias, bias_end] = range(arrays_.bias);
+    for (int64_t i = bias; i < bias_end; ++i) {
+      const int32_t id = arrays_.bias.ids[i];
+      change(id, work_.logits[id] + arrays_.bias_values[i]);
+    }
+    const auto [forbidden, forbidden_end] = range(arrays_.forbidden);
+    for (int64_t i = forbidden; i < forbidden_end; ++i)
+      change(arrays_.forbidden.ids[i], -kInfinity);
+    logits_ = work_.logits.data();
+    maxima_ = &work_.maxima;
+    top_ = ops_.maximum(work_.maxima.data(), static_cast<int64_t>(work_.maxima.size()), nullptr,
+                        nullptr);
   }
 
   Status draw(int32_t& token) {
     const SamplingOptions& options = arrays_.options[row_];
-    const float* logits = adjust(options);
-    top_ = logits == raw_ ? maximum_ : ops_.maximum(logits, size_);
     if (top_ == -kInfinity) return Status::impossible;
     if (!std::isfinite(top_)) return Status::infinite;
     if (options.temperature == 0.0) {
-      token = static_cast<int32_t>(std::find(logits, logits + size_, top_) - logits);
+      token = find_top();
       return Status::fine;
     }
-    work_.weights.resize(size_);
     scale_ = static_cast<float>(std::min(1.0 / options.temperature, 1e30));
-    ops_.exp_sums(logits, top_, scale_, work_.weights.data(), work_.sums.data(), size_);
     const double random = uniform(arrays_.keys[row_]);
     const bool is_top_k = options.top_k > 0 && options.top_k < static_cast<double>(size_);
-    const bool is_cut = is_top_k || options.typical_p < 1.0 || options.top_p < 1.0;
-    if (!is_cut && options.min_p <= 0.0) {
+    if (!is_top_k && options.typical_p >= 1.0 && options.top_p >= 1.0 && options.min_p <= 0.0) {
       token = draw_from_all(random);
       return Status::fine;
     }
-    total_ = 0.0;
-    double min_weight = 0.0;  // of tokens that may be kept
-    if (!is_cut) {
-      min_weight = options.min_p;
-    } else if (!is_top_k && options.typical_p >= 1.0) {
-      // Even all lighter tokens together are less than half of what top-p leaves out.
-      total_ = total_of(work_.sums);
-      min_weight = (1.0 - options.top_p) * total_ / static_cast<double>(2 * size_);
-    }
-    gather(logits, is_top_k ? bound_of_top_k(logits, options.top_k) : -kInfinity, min_weight);
-    if (is_top_k) keep_top_k(static_cast<size_t>(options.top_k));
-    if (options.typical_p < 1.0) keep_typical(options.typical_p);
-    if (options.top_p < 1.0) keep_top_p(options.top_p);
-    if (options.min_p > 0.0) keep_min_p(options.min_p);
-    token = draw_from_candidates(random);
+    cut(options, is_top_k);
+    token = work_.candidates.draw(random);
     return Status::fine;
   }
 
+  // Log-probabilities of `token` and of the largest logits.
+  void describe(int32_t token) {
+    if (!has_sums_ || logits_ != raw_ || scale_ != 1.0f)
+      ops_.exp_sums(raw_, maximum_, 1.0f, nullptr, work_.sums.data(), size_);
+    const double normalizer = maximum_ + std::log(total_of(work_.sums));
+    if (arrays_.logprobs) arrays_.logprobs[row_] = static_cast<float>(raw_[token] - normalizer);
+    const int64_t num_top = arrays_.num_top;
+    if (num_top == 0) return;
+    const float bound = bound_of_top_k(work_.raw_maxima, static_cast<double>(num_top), work_.kth);
+    const int64_t num_found = ops_.gather(raw_, work_.raw_maxima.data(), bound, size_,
+                                          work_.found_ids.data(), work_.found.data());
+    int32_t* ids = arrays_.top_ids + row_ * num_top;
+    float* values = arrays_.top_logprobs + row_ * num_top;
+    largest(work_.found.data(), num_found, num_top, ids, values);
+    for (int64_t i = 0; i < num_top; ++i) {
+      ids[i] = work_.found_ids[ids[i]];
+      values[i] = static_cast<float>(values[i] - normalizer);
+    }
+  }
+
  private:
-  // Penalties, bias and forbidden tokens; the raw logits themselves if there are none.
-  const float* adjust(const SamplingOptions& options) {
-    const bool is_penalized = arrays_.history.offsets &&
-                              (options.repetition_penalty != 1.0 ||
-                               options.presence_penalty != 0.0 || options.frequency_penalty != 0.0);
-    const auto [bias, bias_end] = range(arrays_.bias);
-    const auto [forbidden, forbidden_end] = range(arrays_.forbidden);
-    if (!is_penalized && bias == bias_end && forbidden == forbidden_end) return raw_;
-    work_.logits.assign(raw_, raw_ + size_);
-    if (is_penalized) penalize(options);
-    for (int64_t i = bias; i < bias_end; ++i)
-      work_.logits[arrays_.bias.ids[i]] += arrays_.bias_values[i];
-    for (int64_t i = forbidden; i < forbidden_end; ++i)
-      work_.logits[arrays_.forbidden.ids[i]] = -kInfinity;
-    return work_.logits.data();
+  bool is_penalized() const {
+    const SamplingOptions& options = arrays_.options[row_];
+    return arrays_.history.offsets &&
+           (options.repetition_penalty != 1.0 || options.presence_penalty != 0.0 ||
+            options.frequency_penalty != 0.0);
+  }
+
+  std::pair<int64_t, int64_t> range(const TokenLists& lists) const {
+    if (!lists.offsets) return {0, 0};
+    return {lists.offsets[row_], lists.offsets[row_ + 1]};
+  }
+
+  // One adjusted logit, and its tile's maximum with it.
+  void change(int32_t id, float value) {
+    float& logit = work_.logits[id];
+    float& maximum = work_.maxima[id / kTile];
+    const bool was_maximum = logit == maximum;
+    logit = value;
+    if (value >= maximum) {
+      maximum = value;
+    } else if (was_maximum) {
+      const int64_t first = id / kTile * kTile;
+      maximum = ops_.maximum(work_.logits.data() + first, std::min(kTile, size_ - first), nullptr,
+                             nullptr);
+    }
   }
 
   void penalize(const SamplingOptions& options) {
@@ -152,111 +197,81 @@ class Row {
       int32_t& count = work_.counts[ids[i]];
       if (count == 0) continue;  // done
       const int32_t times = count & ~kSeen;
-      float& logit = work_.logits[ids[i]];
+      float logit = work_.logits[ids[i]];
       logit = logit > 0.0f ? logit / repetition : logit * repetition;
       if (times > 0) logit = logit - presence - frequency * static_cast<float>(times);
+      change(ids[i], logit);
       count = 0;
     }
   }
 
-  std::pair<int64_t, int64_t> range(const TokenLists& lists) const {
-    if (!lists.offsets) return {0, 0};
-    return {lists.offsets[row_], lists.offsets[row_ + 1]};
+  // The first token with the largest logit.
+  int32_t find_top() const {
+    const int64_t tile = std::find(maxima_->begin(), maxima_->end(), top_) - maxima_->begin();
+    const float* first = logits_ + tile * kTile;
+    return static_cast<int32_t>(std::find(first, logits_ + size_, top_) - logits_);
   }
 
-  void gather(const float* logits, float lowest, double min_weight) {
-    work_.candidates.clear();
-    for (int64_t i = 0; i < size_; ++i)
-      if (logits[i] >= lowest && work_.weights[i] > 0.0f && work_.weights[i] >= min_weight)
-        work_.candidates.push_back({logits[i], work_.weights[i], static_cast<int32_t>(i)});
+  // The weights of all tokens, summed by tiles.
+  double sum_all() {
+    ops_.exp_sums(logits_, top_, scale_, nullptr, work_.sums.data(), size_);
+    has_sums_ = true;
+    return total_of(work_.sums);
   }
 
-  // The k-th largest of all tile maxima: at most the k-th largest logit, found without sorting.
-  float bound_of_top_k(const float* logits, double top_k) const {
-    const int64_t num_tiles = static_cast<int64_t>(work_.sums.size());
-    if (top_k > static_cast<double>(num_tiles)) return -kInfinity;
-    std::vector<float> maxima(num_tiles);
-    for (int64_t tile = 0; tile < num_tiles; ++tile)
-      maxima[tile] =
-          *std::max_element(logits + tile * kTile, logits + std::min(size_, (tile + 1) * kTile));
-    const auto kth = maxima.begin() + static_cast<int64_t>(top_k) - 1;
-    std::nth_element(maxima.begin(), kth, maxima.end(), std::greater<>());
-    return *kth;
+  // The tokens whose logit is at least `lowest`, and their weights. Returns the sum of these, by
+  // tiles of what was found.
+  double find_from(double lowest) {
+    const int64_t count = ops_.gather(logits_, maxima_->data(), static_cast<float>(lowest), size_,
+                                      work_.found_ids.data(), work_.found.data());
+    work_.weights.resize(count);
+    work_.found_sums.resize((count + kTile - 1) / kTile);
+    ops_.exp_sums(work_.found.data(), top_, scale_, work_.weights.data(), work_.found_sums.data(),
+                  count);
+    return total_of(work_.found_sums);
   }
 
-  static Rank by_logit(const Candidate& c) { return {-static_cast<double>(c.logit), c.id}; }
-
-  void keep_top_k(size_t k) {
-    if (work_.candidates.size() <= k) return;
-    work_.ranks.clear();
-    for (const Candidate& c : work_.candidates) work_.ranks.push_back(by_logit(c));
-    const auto kth = work_.ranks.begin() + static_cast<int64_t>(k) - 1;
-    std::nth_element(work_.ranks.begin(), kth, work_.ranks.end());
-    const Rank last = *kth;
-    std::erase_if(work_.candidates, [&](const Candidate& c) { return by_logit(c) > last; });
+  // The same down to where their weights are `enough`.
+  void find_mass(double enough) {
+    constexpr double kLastNats = 104.0;        // beyond, every weight is 0
+    constexpr double kSurely = 1.0 + 0x1p-19;  // sums of float32 are off by less
+    double nats = 4.0;
+    while (find_from(top_ - nats / scale_) < enough * kSurely && nats < kLastNats)
+      nats += std::max(1.5, nats / 4.0);
   }
 
-  // The smallest set of the most likely tokens whose probabilities add up to `mass`.
-  void keep_top_p(double mass) {
-    keep_mass(mass, scale_, [](const Candidate& c) { return by_logit(c); });
-  }
-
-  // The smallest set of the most typical tokens whose probabilities add up to `mass`: those whose
-  // information is nearest to the entropy (Meister et al. 2022).
-  void keep_typical(double mass) {
-    const double total = total_of(work_.candidates), log_total = std::log(total);
-    const auto information = [&](const Candidate& c) {
-      return log_total - (static_cast<double>(c.logit) - top_) * scale_;
-    };
-    double entropy = 0.0;
-    for (const Candidate& c : work_.candidates) entropy += c.weight / total * information(c);
-    keep_mass(mass, 1.0,
-              [&](const Candidate& c) { return Rank(std::abs(information(c) - entropy), c.id); });
-  }
-
-  // Keep candidates by rank until their weights reach `mass` of the whole. A histogram over the
-  // ranks (`scale` brings them to nats) finds where that is; only one of its buckets is sorted.
-  template <class F>
-  void keep_mass(double mass, double scale, F rank_of) {
-    constexpr int kBuckets = 2048;
-    constexpr double kPerNat = 16.0;
-    std::vector<Candidate>& all = work_.candidates;
-    double first = rank_of(all[0]).first;
-    for (const Candidate& c : all) first = std::min(first, rank_of(c).first);
-    const auto bucket_of = [&](const Rank& rank) {
-      return static_cast<int>(std::min((rank.first - first) * scale * kPerNat, kBuckets - 1.0));
-    };
-    double weights[kBuckets] = {};
-    for (const Candidate& c : all) weights[bucket_of(rank_of(c))] += c.weight;
-    const double enough = mass * (total_ > 0.0 ? total_ : total_of(all));
-    double sum = 0.0;
-    int bucket = 0;
-    while (bucket < kBuckets - 1 && sum + weights[bucket] < enough) sum += weights[bucket++];
-    work_.ranks.clear();
-    for (const Candidate& c : all)
-      if (bucket_of(rank_of(c)) == bucket) work_.ranks.push_back(rank_of(c));
-    std::sort(work_.ranks.begin(), work_.ranks.end());
-    Rank last = {std::numeric_limits<double>::infinity(), 0};
-    for (const Rank& rank : work_.ranks) {
-      sum += work_.weights[rank.second];
-      if (sum < enough) continue;
-      last = rank;
-      break;
+  // Gathers few tokens, but all that the options may keep, and cuts them down.
+  void cut(const SamplingOptions& options, bool is_top_k) {
+    double enough = 0.0;  // of the weights, for top-p alone
+    if (is_top_k) {
+      find_from(bound_of_top_k(*maxima_, options.top_k, work_.kth));
+    } else if (options.typical_p < 1.0) {
+      find_from(-kInfinity);
+    } else if (options.top_p < 1.0) {
+      enough = options.top_p * sum_all();
+      find_mass(enough);
+    } else {
+      constexpr double kSlack = 0.01;  // nats, far above the rounding of a weight
+      find_from(top_ + (std::log(options.min_p) - kSlack) / scale_);
     }
-    std::erase_if(all, [&](const Candidate& c) { return rank_of(c) > last; });
-  }
-
-  void keep_min_p(double min_p) {
-    std::vector<Candidate>& all = work_.candidates;
-    float largest_weight = 0.0f;
-    for (const Candidate& c : all) largest_weight = std::max(largest_weight, c.weight);
-    std::erase_if(all, [&](const Candidate& c) { return c.weight < min_p * largest_weight; });
+    Candidates& candidates = work_.candidates;
+    candidates.clear();
+    for (size_t i = 0; i < work_.weights.size(); ++i)
+      if (work_.weights[i] > 0.0f)
+        candidates.add({work_.found[i], work_.weights[i], work_.found_ids[i]});
+    if (is_top_k) candidates.keep_top_k(static_cast<size_t>(options.top_k));
+    if (options.typical_p < 1.0) candidates.keep_typical(options.typical_p, top_, scale_);
+    if (options.top_p < 1.0) {
+      if (enough == 0.0) enough = options.top_p * candidates.total();
+      candidates.keep_top_p(enough, scale_);
+    }
+    if (options.min_p > 0.0) candidates.keep_min_p(options.min_p);
   }
 
   // The first token, in order of ids, up to which the weights exceed random * total. Where the
   // roundings of a tile's sum and of its weights differ, the tile's last possible token.
-  int32_t draw_from_all(double random) const {
-    const double target = random * total_of(work_.sums);
+  int32_t draw_from_all(double random) {
+    const double target = random * sum_all();
     double sum = 0.0;
     int64_t tile = 0, last_tile = 0;
     for (; tile < static_cast<int64_t>(work_.sums.size()); ++tile) {
@@ -265,35 +280,29 @@ class Row {
       if (sum + work_.sums[tile] > target) break;
       sum += work_.sums[tile];
     }
+    const int64_t first = last_tile * kTile, count = std::min(kTile, size_ - first);
+    float weights[kTile], tile_sum;
+    ops_.exp_sums(logits_ + first, top_, scale_, weights, &tile_sum, count);
     int64_t last = 0;
-    const int64_t end = std::min(size_, (last_tile + 1) * kTile);
-    for (int64_t i = last_tile * kTile; i < end; ++i) {
-      if (work_.weights[i] <= 0.0f) continue;
+    for (int64_t i = 0; i < count; ++i) {
+      if (weights[i] <= 0.0f) continue;
       last = i;
-      sum += work_.weights[i];
+      sum += weights[i];
       if (sum > target) break;
     }
-    return static_cast<int32_t>(last);
-  }
-
-  int32_t draw_from_candidates(double random) const {
-    const double target = random * total_of(work_.candidates);
-    double sum = 0.0;
-    for (const Candidate& candidate : work_.candidates) {
-      sum += candidate.weight;
-      if (sum > target) return candidate.id;
-    }
-    return work_.candidates.back().id;
+    return static_cast<int32_t>(first + last);
   }
 
   const OpKernels& ops_;
   const SampleArrays& arrays_;
   const int64_t row_, size_;
   const float* raw_;
+  const float* logits_;               // adjusted, or the raw ones
+  const std::vector<float>* maxima_;  // of the tiles of `logits_`
   Work& work_;
   float maximum_ = 0.0f;             // of the raw logits
-  float top_ = 0.0f, scale_ = 1.0f;  // of the adjusted ones; 1 / temperature
-  double total_ = 0.0;               // of all weights, where light ones are no candidates
+  float top_ = 0.0f, scale_ = 0.0f;  // of the adjusted ones; 1 / temperature
+  bool has_sums_ = false;            // of all weights
 };
 
 void report(const std::vector<Status>& statuses) {
@@ -333,7 +342,9 @@ void sample(const Kernels& kernels, Pool& pool, const SampleArrays& arrays) {
     Row row(kernels, arrays, index, thread_work());
     int32_t& token = arrays.tokens[index];
     Status& status = statuses[index];
-    status = row.check();
+    const bool is_adjusted = row.is_adjusted();
+    status = row.check(is_adjusted);
+    if (status == Status::fine && is_adjusted) row.adjust();
     if (status == Status::fine) status = row.draw(token);
     if (status == Status::fine && arrays.logprobs) row.describe(token);
   });
@@ -349,7 +360,7 @@ void log_probs(const Kernels& kernels, Pool& pool, const SampleArrays& arrays,
   std::vector<Status> statuses(arrays.num_rows, Status::fine);
   pool.parallel(arrays.num_rows, [&](int64_t index, int) {
     Row row(kernels, arrays, index, thread_work());
-    statuses[index] = row.check();
+    statuses[index] = row.check(false);
     if (statuses[index] == Status::fine) row.describe(targets[index]);
   });
   report(statuses);

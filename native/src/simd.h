@@ -413,6 +413,19 @@ VIVACE_INLINE Mask16 first_lanes(int n) {
 #endif
 }
 
+// Bit i: lane i.
+VIVACE_INLINE uint32_t mask_bits(Mask16 mask) {
+#if VIVACE_LEVEL >= 2
+  return mask.v;
+#elif VIVACE_LEVEL == 1
+  return static_cast<uint32_t>(_mm256_movemask_ps(mask.lo) | _mm256_movemask_ps(mask.hi) << 8);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(mask.v[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // mask ? a : b
 VIVACE_INLINE F32x16 select(Mask16 mask, F32x16 a, F32x16 b) {
 #if VIVACE_LEVEL >= 2
@@ -447,12 +460,25 @@ VIVACE_INLINE float reduce_add(F32x16 x) {
 #endif
 }
 
+// The same tree.
 VIVACE_INLINE float reduce_max(F32x16 x) {
+#if VIVACE_LEVEL > 0
+#if VIVACE_LEVEL >= 2
+  __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x.v),
+                               _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1)));
+#else
+  __m256 eight = _mm256_max_ps(x.lo, x.hi);
+#endif
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#else
   float s[16];
   store(s, x);
   for (int half = 8; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) s[i] = s[i] > s[i + half] ? s[i] : s[i + half];
   return s[0];
+#endif
 }
 
 // reduce_add of many vectors by transposition, the same tree. First four vectors become their last
@@ -511,11 +537,12 @@ VIVACE_INLINE F32x16 reduce_folds(F32x16 f0, F32x16 f1, F32x16 f2, F32x16 f3) {
 
 // ---------------------------------------------------------------- exp
 
-// exp(x), at most 1.1 units in the last place off; exp(0) == 1, 0 below -87.3, infinity
-// above 88.37, NaN for NaN. 2^n is put together from integer bits, so every instruction set agrees.
-VIVACE_INLINE F32x16 exp(F32x16 x) {
-  const F32x16 lowest = set1(-87.3f), highest = set1(88.37f), shift = set1(0x1.8p23f);
-  F32x16 inside = min(highest, max(lowest, x));  // this order of arguments keeps a NaN
+constexpr float kLowestExp = -87.3f, kHighestExp = 88.37f;
+
+// exp(x) for x between these two. 2^n is put together from integer bits, so every instruction set
+// agrees.
+VIVACE_INLINE F32x16 exp_inside(F32x16 inside) {
+  const F32x16 shift = set1(0x1.8p23f);
   F32x16 shifted = fma(inside, set1(0x1.715476p0f), shift);
   F32x16 n = sub(shifted, shift);
   F32x16 b = fma(n, set1(-0x1.62e4p-1f), inside);
@@ -539,9 +566,22 @@ VIVACE_INLINE F32x16 exp(F32x16 x) {
   Uint16Lanes raw = (reinterpret_cast<Uint16Lanes>(shifted.v) << 23) + 0x3f800000u;
   F32x16 scale = {reinterpret_cast<Float16Lanes>(raw)};
 #endif
-  F32x16 result = fma(j, scale, scale);
+  return fma(j, scale, scale);
+}
+
+// exp(x), at most 1.1 units in the last place off; exp(0) == 1, 0 below -87.3, infinity
+// above 88.37, NaN for NaN.
+VIVACE_INLINE F32x16 exp(F32x16 x) {
+  const F32x16 lowest = set1(kLowestExp), highest = set1(kHighestExp);
+  F32x16 result = exp_inside(min(highest, max(lowest, x)));  // this order keeps a NaN
   result = select(less(x, lowest), zero(), result);
   return select(less(highest, x), set1(infinity()), result);
+}
+
+// The same bits for x <= 0 or NaN.
+VIVACE_INLINE F32x16 exp_not_above_zero(F32x16 x) {
+  const F32x16 lowest = set1(kLowestExp);
+  return select(less(x, lowest), zero(), exp_inside(max(lowest, x)));
 }
 
 // The same bits for one lane.

@@ -218,6 +218,7 @@ def test_equals_dense_numpy(seed: int) -> None:
 def test_a_row_alone_has_the_same_bits(seed: int) -> None:
     """Alone, what the other rows read is NaN: a row's bits depend on what it may read alone."""
     spans, options = random_case(seed)
+    options["kv_store"] = ["float32", "bfloat16"][seed % 2]
     together, _, _ = attend(spans, threads=2, **options)
     row = 0
     for rows in spans:
@@ -237,6 +238,23 @@ def test_a_long_query_is_split_by_entries_alone() -> None:
     alone, _, _ = attend([rows.only(699)], threads=2, scale=0.2)
     np.testing.assert_allclose(alone, wanted, rtol=RTOL, atol=ATOL)
     assert alone[0].tobytes() == together[699].tobytes()
+
+
+@pytest.mark.parametrize("kv_store", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 7, 13, 40])
+def test_groups_of_queries_have_the_bits_of_one(num_rows: int, kv_store: str) -> None:
+    """Rows share registers, blocks and items in all sizes; the last entries are read by few."""
+    random = np.random.default_rng(num_rows)
+    source = Source(normal(random, 1300, 2, 48), normal(random, 1300, 2, 48))
+    rows = Rows(normal(random, num_rows, 6, 48), np.arange(1300 - num_rows, 1300), (source,))
+    isas = {isa: attend([rows], kv_store=kv_store, isa=isa, scale=0.3)[0] for isa in ISAS}
+    wanted, _, _ = expected(rows, kv_store, 0.3)
+    for out in isas.values():
+        np.testing.assert_allclose(out, wanted, rtol=RTOL, atol=ATOL)
+        assert out.tobytes() == isas["generic"].tobytes()
+    for row in range(num_rows):
+        alone, _, _ = attend([rows.only(row)], kv_store=kv_store, scale=0.3)
+        assert alone[0].tobytes() == isas["generic"][row].tobytes()
 
 
 def test_a_row_that_may_read_nothing_is_zero() -> None:

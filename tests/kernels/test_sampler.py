@@ -160,6 +160,53 @@ def test_draws_what_numpy_draws(options: dict, vocab: int) -> None:
             assert tokens[row] == np.searchsorted(sums, u, side="right")
 
 
+@pytest.mark.parametrize("peak", [0, 14], ids=["flat", "peaked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 50},
+        {"top_k": 3000},
+        {"top_p": 0.95},
+        {"min_p": 0.01},
+        {"top_p": 0.9, "min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_draws_from_a_large_vocabulary(options: dict, peak: int) -> None:
+    """What is passed over without a look, by the maxima of tiles, must be what is not kept."""
+    vocab, num_rows = 50_021, 8
+    random = np.random.default_rng(peak)
+    logits = random.standard_normal((num_rows, vocab)).astype(np.float32) * 2
+    logits[:, random.integers(0, vocab, 30)] += np.linspace(peak, 0, 30, dtype=np.float32)
+    requests = [
+        Request(SamplingParams(**options), RandomKey(11, row), forbidden=(int(best), 5))
+        for row, best in enumerate(logits.argmax(1))
+    ]
+    tokens, _ = sample(logits, requests, threads=2)
+    for row, request in enumerate(requests):
+        p = distribution(logits[row], request)
+        assert p[tokens[row]] > 0
+        sums, u = np.cumsum(p), request.key.uniform()
+        if np.abs(sums - u).min() > 1e-5:
+            assert tokens[row] == np.searchsorted(sums, u, side="right")
+
+
+def test_penalties_and_bias_move_the_maximum() -> None:
+    """The largest logit is lowered, raised and forbidden, alone in its tile or not."""
+    logits = np.full((4, 1000), -1.0, np.float32)
+    logits[:, [70, 71, 500]] = 5, 4, 3
+    requests = [
+        Request(SamplingParams(temperature=0.0, repetition_penalty=2.0), generated=(70,)),
+        Request(SamplingParams(temperature=0.0, logit_bias={500: 10.0})),
+        Request(SamplingParams(temperature=0.0), forbidden=(70, 71)),
+        Request(SamplingParams(temperature=0.0, logit_bias={999: 50.0}), forbidden=(999,)),
+    ]
+    tokens, logprobs = sample(logits, requests, num_logprobs=3)
+    assert tokens.tolist() == [71, 500, 500, 70]
+    assert logprobs[1].tolist() == [[70, 71, 500]] * 4  # of the raw logits
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = np.random.default_rng(0).standard_normal((1, 40)).astype(np.float32)
     num_draws = 40_000
