@@ -23,8 +23,8 @@ from vivace.engine.sampling import NativeSampler
 from vivace.errors import BadFile, InvalidOption, InvalidRequest, QueueFull
 from vivace.executors.native import NativeExecutor
 from vivace.models.loading import LoadedModel, load_model
-from vivace.models.weight_cache import cache_folder, packed_weights
 from vivace.models.segmentation import Tokenization, check_tokenization
+from vivace.models.weight_cache import cache_folder, packed_weights
 from vivace.plan import DEFAULTS, Plan, ResolvedPlan, resolve
 from vivace.registry import seams
 from vivace.techniques.weight_formats.base import matrix_of
@@ -508,7 +508,7 @@ def _check_whole(name: str, value: Any, high: int) -> None:
 def weight_formats(graph: ModelGraph, plan: ResolvedPlan) -> dict[WeightRef, WeightFormat]:
     """The format of every matrix."""
     body, others = plan.one("weight_formats"), _role_formats(plan)
-    return {ref: others.get(role, body) for ref, role in matrix_roles(graph).items()}
+    return {ref: others.get(role) or body for ref, role in matrix_roles(graph).items()}
 
 
 def _role_formats(plan: ResolvedPlan) -> dict[Role, WeightFormat]:

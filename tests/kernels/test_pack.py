@@ -1,4 +1,4 @@
-"""The native quantizer: the bytes of the numpy reference on every instruction set; sums of files."""
+"""The native quantizer: the reference's bytes on every instruction set; sums of files."""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ def _quantize(
     from vivace.plan import resolve
 
     loaded = load_model(model)
-    formats = weight_formats(loaded.graph, resolve(_plan(format, group, head_format, embedding_format)))
+    formats = weight_formats(
+        loaded.graph, resolve(_plan(format, group, head_format, embedding_format))
+    )
     _check_roles(loaded.graph, head_format, embedding_format)
     folder = Path(out).expanduser()
     names = packed_names(loaded.graph)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from vivace.blocks import ModelGraph, weight_refs
 from vivace import _native
+from vivace.blocks import ModelGraph, weight_refs
 from vivace.errors import BadFile, ModelNotFound, UnsupportedModel
 from vivace.models import graph_from_config, name_prefix
 from vivace.models.config import Config, show
@@ -46,10 +46,13 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
 class TensorFile(Protocol):
-    """A file of tensors, checked when it was opened."""
+    """A file of tensors, or several that are one, checked when it was opened."""
 
     path: Path
     tensors: dict[str, TensorInfo]
+
+    @property
+    def paths(self) -> Sequence[Path]: ...
 
     def array(self, name: str) -> np.ndarray | BlockTensor | Packed: ...
 
@@ -57,7 +60,8 @@ class TensorFile(Protocol):
 class Weights(Mapping[str, Any]):
     """Checkpoint tensors by name, as read-only views of the mapped files.
 
-    A quantized matrix is a `BlockTensor`, decoded where `np.asarray` asks for its rows, or `Packed`.
+    A quantized matrix is a `BlockTensor`, decoded where `np.asarray` asks for its rows, or is
+    `Packed`.
 
     Args:
         files: the shards.
@@ -67,7 +71,7 @@ class Weights(Mapping[str, Any]):
     """
 
     def __init__(self, files: Sequence[TensorFile], prefix: str = "") -> None:
-        self.files = tuple(files)
+        self.files: Sequence[TensorFile] = tuple(files)
         self._stored: dict[str, tuple[TensorFile, str]] = {}
         for file in files:
             for stored in file.tensors:
@@ -82,6 +86,9 @@ class Weights(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         file, stored = self._stored[name]
         return file.array(stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

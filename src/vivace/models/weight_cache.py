@@ -66,14 +66,12 @@ def packed_weights(
         if weight_format.grid.bits < _PACKED_BITS and not isinstance(matrices[ref], Packed)
     }
     num_bytes = sum(made.num_bytes(matrices[ref]) for ref, made in wanted.items())
-    if folder is None or num_bytes < MIN_BYTES:
+    if folder is None or not wanted or num_bytes < MIN_BYTES:
         return model.graph, model.weights
     names = packed_names(model.graph)
     packed = _Entry(model, wanted, folder).read_or_make()
     weights: dict[str, Any] = {
-        ref.name: model.weights[ref.name]
-        for ref in weight_refs(model.graph)
-        if ref not in formats
+        ref.name: model.weights[ref.name] for ref in weight_refs(model.graph) if ref not in formats
     }
     weights |= {names[ref]: matrix for ref, matrix in matrices.items() if ref not in wanted}
     return packed_graph(model.graph), weights | packed
@@ -87,9 +85,9 @@ class _Entry:
         names = packed_names(model.graph)
         self._names = {ref: names[ref] for ref in formats}
         self._folder = folder
-        stated = json.dumps([os.path.realpath(model.path), self._stated_formats()])
+        stated = json.dumps([os.path.realpath(model.path), self._stated_formats()], default=str)
         digest = hashlib.sha256(stated.encode()).hexdigest()[:16]
-        self._path = folder / f"{model.path.stem}-{digest}.safetensors"
+        self._path = folder / f"{model.path.name[:64]}-{digest}.safetensors"
 
     def _stated_formats(self) -> list[Any]:
         made = [(name, self._formats[ref]) for ref, name in self._names.items()]
@@ -99,6 +97,7 @@ class _Entry:
         found = self._read()
         if found is not None:
             return found
+        source = self._source()  # before the files are read: a change while they are shows
         packed = {
             name: pack_matrix(self._model.weights, ref, self._formats[ref])
             for ref, name in self._names.items()
@@ -106,7 +105,7 @@ class _Entry:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             makers = {name: lambda matrix=matrix: matrix for name, matrix in packed.items()}
-            write_packed(self._path, makers, dtype=self._model.dtype, source=self._source())
+            write_packed(self._path, makers, dtype=self._model.dtype, source=source)
             return PackedFile(self._path).matrices()
         except OSError as error:
             _log.warning(
@@ -118,7 +117,7 @@ class _Entry:
 
     def _read(self) -> dict[str, Packed] | None:
         """What is kept, None where that is nothing that can be used."""
-        if not self._path.exists():
+        if not os.path.exists(self._path):  # False where the folder cannot be read
             return None
         try:
             file = PackedFile(self._path)
@@ -127,7 +126,8 @@ class _Entry:
                 return None
             file.check()
         except BadFile as error:
-            _log.warning("%s; packing it again", error)
+            _log.warning("%s: cannot be used any more: packing the model again", self._path)
+            _log.info("%s", error)
             return None
         found = file.matrices()
         shapes = {name: ref.shape for ref, name in self._names.items()}
@@ -138,7 +138,8 @@ class _Entry:
 
     def _source(self) -> str:
         """What tells the model's files from others, and from themselves when they change."""
-        return json.dumps([VERSION, *(_identity(file.path) for file in self._model.weights.files)])
+        paths = [path for file in self._model.weights.files for path in file.paths]
+        return json.dumps([VERSION, *map(_identity, paths)])
 
 
 def _identity(path: Path) -> tuple[str, int, int, str]:

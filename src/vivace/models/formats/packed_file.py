@@ -46,7 +46,7 @@ class PackedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.paths = path, (path,)
         self._file = SafetensorsFile(path)
         metadata = self._file.metadata
         if not isinstance(metadata, dict) or metadata.get("format") != "vivace":
@@ -56,9 +56,10 @@ class PackedFile:
                 f"{path}: was packed for version {show(metadata.get('version'))}, this program "
                 f"reads {VERSION}: {_AGAIN}"
             )
-        self.dtype = metadata.get("dtype")
-        if self.dtype not in _DTYPES:
-            raise BadFile(f"{path}: dtype is {show(self.dtype)}: expected {', '.join(_DTYPES)}")
+        dtype = metadata.get("dtype")
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise BadFile(f"{path}: dtype is {show(dtype)}: expected one of {', '.join(_DTYPES)}")
+        self.dtype = dtype
         self.source = metadata.get("source", "")
         self._kernels: dict[str, str] = {}
         self.tensors = dict(self._file.tensors)
@@ -222,10 +223,10 @@ class _Header:
             "shape": list(array.shape),
             "data_offsets": [begin, self._end],
         }
-        return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
     def reserve(self, names: tuple[str, ...]) -> int:
-        """Where data start: room for the header of these tensors, whatever is to be said of them."""
+        """Where data start: room for a header about these tensors, whatever it will say."""
         widest = _Header(self._dtype, self._source)
         longest = 2**63 - 1
         for name in names:

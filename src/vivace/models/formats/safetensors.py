@@ -64,13 +64,14 @@ class TensorInfo:
 class SafetensorsFile:
     """One file: `tensors` by name, and arrays that are read-only views of the mapped file.
 
-    `metadata` is what the header says beside them, unchecked. Nothing is allocated from numbers in the header. The map lives as long as any of its arrays.
+    `metadata` is what the header says beside them, unchecked. Nothing is allocated from numbers in
+    the header. The map lives as long as any of its arrays.
 
     Raises `BadFile`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.paths = path, (path,)
         self._map = map_file(path, PREFIX_BYTES + 1, "safetensors")
         self.tensors, self.metadata = _parse_header(path, self._map)
 

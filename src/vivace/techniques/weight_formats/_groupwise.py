@@ -96,7 +96,8 @@ def _not_finite(codes: Codes) -> str:
 def quantize(weight: np.ndarray, codes: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Round [N, K] float32 to codes [N, K] uint8, scales [N, G] as stored, zeros [N, G] or None.
 
-    The reference of native/src/pack_kernels.cpp. Raises `BadFile` if a finite weight needs a scale that its type does not hold.
+    The reference of native/src/pack_kernels.cpp. Raises `BadFile` if a finite weight needs a scale
+    that its type does not hold.
     """
     num_rows, num_columns = weight.shape
     groups = weight.reshape(num_rows, -1, codes.group_size or num_columns)
