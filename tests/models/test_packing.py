@@ -137,6 +137,12 @@ def test_a_gguf_file_is_refused(tmp_path) -> None:
         quantize(tmp_path / "tiny.gguf", tmp_path / "packed", "int4")
 
 
+def test_a_packed_model_is_not_exported(tmp_path) -> None:
+    packed = quantize("tiny", tmp_path / "packed", "int4")
+    with pytest.raises(UnsupportedModel, match="export the checkpoint that it was made from"):
+        export_gguf(load_model(packed), tmp_path / "tiny.gguf", None, "gpt-2")
+
+
 def test_nothing_is_left_when_packing_fails(tmp_path) -> None:
     (tmp_path / "source").mkdir()
     checkpoint("llama", tmp_path / "source")

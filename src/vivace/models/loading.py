@@ -54,6 +54,10 @@ class TensorFile(Protocol):
     @property
     def paths(self) -> Sequence[Path]: ...
 
+    def release(self) -> None:
+        """Let go of the pages that were read; they count as memory of the process until then."""
+        ...
+
     def array(self, name: str) -> np.ndarray | BlockTensor | Packed: ...
 
 
@@ -102,6 +106,10 @@ class Weights(Mapping[str, Any]):
 
     def path(self, name: str) -> Path:
         return self._stored[name][0].path
+
+    def release(self) -> None:
+        for file in self.files:
+            file.release()
 
     def check_finite(self, names: list[str]) -> None:
         """Search tensors for NaN and infinity. Raises `BadFile` that names the first."""

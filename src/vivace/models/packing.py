@@ -125,6 +125,7 @@ def _write_files(
     def make(ref: WeightRef, name: str) -> Packed:
         packed = pack_matrix(model.weights, ref, formats[ref])
         on_matrix(name, packed)
+        model.weights.release()
         return packed
 
     names = packed_names(model.graph)

@@ -98,10 +98,10 @@ class _Entry:
         if found is not None:
             return found
         source = self._source()  # before the files are read: a change while they are shows
-        packed = {
-            name: pack_matrix(self._model.weights, ref, self._formats[ref])
-            for ref, name in self._names.items()
-        }
+        packed: dict[str, Packed] = {}
+        for ref, name in self._names.items():
+            packed[name] = pack_matrix(self._model.weights, ref, self._formats[ref])
+            self._model.weights.release()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             makers = {name: lambda matrix=matrix: matrix for name, matrix in packed.items()}

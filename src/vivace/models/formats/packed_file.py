@@ -108,6 +108,9 @@ class PackedFile:
         rows, columns = self.tensors[name].shape
         return Packed(kernel, (rows, columns), array)
 
+    def release(self) -> None:
+        self._file.release()
+
     def matrices(self) -> dict[str, Packed]:
         return {name: self.array(name) for name in self._kernels}
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from vivace.errors import BadFile
 from vivace.models.config import show
-from vivace.models.formats.mapped_file import map_file
+from vivace.models.formats.mapped_file import map_file, release
 from vivace.models.formats.strict_json import parse_object
 
 __all__ = ["DTYPES", "PREFIX_BYTES", "SafetensorsFile", "TensorInfo"]
@@ -84,6 +84,9 @@ class SafetensorsFile:
         if not flat.flags.aligned:
             flat = flat.copy()  # kernels read whole elements; such files are old and small
         return flat.reshape(info.shape)
+
+    def release(self) -> None:
+        release(self._map)
 
     def raw(self) -> np.ndarray:
         """All bytes of the file."""

@@ -52,6 +52,9 @@ class GgufTensors:
         is_quantized = info.type.dtype is None
         return TensorInfo(dtype, shape, info.offset, info.num_bytes, is_quantized)
 
+    def release(self) -> None:
+        self._file.release()
+
     def array(self, name: str) -> np.ndarray | BlockTensor:
         array = self._file.array(name)
         if isinstance(array, np.ndarray) and array.ndim == 1 and _is_gate(name):
