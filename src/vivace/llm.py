@@ -67,7 +67,8 @@ class LLM:
     Args:
         model: a directory, a GGUF file, `org/name` on the hub, or a shipped name.
         plan: which techniques run: a `Plan`, or the path of a TOML file; `None`: the exact default.
-        weights: weight format, by name, or a table with its options; over what the plan says.
+        weights: weight format, by name ("int4", "int4:group_size=64") or as a table with its
+            options; over what the plan says.
         kv: likewise the key/value store. By default both follow the checkpoint's type.
         threads: `None`: as many as this process may use.
         max_context: tokens of a sequence; `None`: the model's, but at most 8,192.

@@ -91,7 +91,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
-    assert "File too large" in done.stderr
+    assert done.stderr.endswith("small: File too large\n")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

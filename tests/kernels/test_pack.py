@@ -10,6 +10,9 @@ import pytest
 
 from vivace import _native
 from vivace.errors import NativeError
+from vivace.models.formats.block_tensor import BlockTensor
+from vivace.models.formats.ggml_types import find_type
+from vivace.registry import seams
 from vivace.techniques.weight_formats._groupwise import quantize
 from vivace.techniques.weight_formats._kernels import Codes
 from vivace.techniques.weight_formats._panels import pack_panels, unpack_panels
@@ -78,6 +81,18 @@ def test_narrow_weights_are_widened_exactly(dtype: np.dtype, isa: str) -> None:
         for kind in ("random", "tiny", "ties"):
             weight = weights_of(kind, 35, 96).astype(dtype)
             np.testing.assert_array_equal(native(codes, weight, isa), reference(codes, weight))
+
+
+def test_blocks_and_turned_matrices_are_packed_as_what_they_decode_to() -> None:
+    int4 = seams()["weight_formats"].create("int4", group_size=64)
+    raw = np.random.default_rng(0).integers(0, 256, (40, 4, 34), np.uint8)
+    raw[..., 1] = 0x2C  # of a float16 scale: finite
+    blocks = BlockTensor(find_type(8, "a test"), raw.reshape(40, -1))
+    weight = np.asarray(blocks)
+    expected = int4.pack(weight).raw
+    np.testing.assert_array_equal(int4.pack(blocks).raw, expected)
+    np.testing.assert_array_equal(int4.pack(np.ascontiguousarray(weight.T).T).raw, expected)
+    np.testing.assert_array_equal(int4.pack(weight.astype(np.float64)).raw, expected)
 
 
 def test_bytes_do_not_depend_on_threads() -> None:

@@ -373,7 +373,7 @@ def _check_tensor(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
 def _is_finite(stored: np.ndarray | BlockTensor | Packed) -> bool:
     """Whether no exponent is all ones; works on the bits, a piece that fits the cache at a time."""
     if isinstance(stored, Packed):
-        return _native.is_finite(stored)
+        return _native.is_finite(stored, 1)  # starting threads takes longer than a small one
     array = np.asarray(stored)
     if array.dtype == np.float32:
         bits, mask = array.reshape(-1).view(np.uint32), np.uint32(0x7F800000)

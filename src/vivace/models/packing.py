@@ -112,6 +112,8 @@ def write_model(
         _write_files(model, formats, partial, on_matrix)
         partial.replace(folder)
         sync_folder(folder.parent)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

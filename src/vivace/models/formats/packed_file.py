@@ -135,6 +135,9 @@ def write_packed(
 ) -> None:
     """Write a file; one that is there is replaced when the new one is complete.
 
+    If the machine itself fails soon after, data may be missing, which `PackedFile.check` sees:
+    `sync_files` waits for the disk.
+
     Args:
         matrices: made one after the other, so that no more than one need be in memory.
         others: written as they are.
@@ -145,10 +148,7 @@ def write_packed(
     try:
         with partial.open("w+b") as file:
             _write(file, matrices, others or {}, dtype, source)
-            file.flush()
-            os.fsync(file.fileno())
         partial.replace(path)
-        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -233,7 +233,7 @@ class _Header:
         widest = _Header(self._dtype, self._source)
         longest = 2**63 - 1
         for name in names:
-            widest._matrices[name] = ("x" * 64, longest, longest)
+            widest._matrices[name] = ("x" * 128, longest, longest)
             widest._tensors[name] = {
                 "dtype": "F8_E4M3",
                 "shape": [longest, longest],
