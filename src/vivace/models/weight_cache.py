@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,13 +99,9 @@ class _Entry:
         if found is not None:
             return found
         source = self._source()  # before the files are read: a change while they are shows
-        packed: dict[str, Packed] = {}
-        for ref, name in self._names.items():
-            packed[name] = pack_matrix(self._model.weights, ref, self._formats[ref])
-            self._model.weights.release()
+        makers = {name: partial(self._pack, ref) for ref, name in self._names.items()}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            makers = {name: lambda matrix=matrix: matrix for name, matrix in packed.items()}
             write_packed(self._path, makers, dtype=self._model.dtype, source=source)
             return PackedFile(self._path).matrices()
         except OSError as error:
@@ -113,7 +110,12 @@ class _Entry:
                 self._folder,
                 error.strerror,
             )
-            return packed
+        return {name: make() for name, make in makers.items()}
+
+    def _pack(self, ref: WeightRef) -> Packed:
+        packed = pack_matrix(self._model.weights, ref, self._formats[ref])
+        self._model.weights.release()
+        return packed
 
     def _read(self) -> dict[str, Packed] | None:
         """What is kept, None where that is nothing that can be used."""
