@@ -5,7 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("core", "attention", "agreement", "tokenization")
+BENCHMARKS = (
+    "core",
+    "peers",
+    "formats",
+    "packing",
+    "attention",
+    "agreement",
+    "tokenization",
+)
 
 if __name__ == "__main__":
     names = sys.argv[1:2] or BENCHMARKS

@@ -153,6 +153,7 @@ NB_MODULE(_native, m) {
   bind_program(m);
   bind_sampler(m);
   bind_ops(m);
+  bind_pack(m);
 }
 
 }  // namespace vivace

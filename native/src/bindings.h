@@ -72,5 +72,6 @@ void bind_linear(nb::module_& m);
 void bind_program(nb::module_& m);
 void bind_sampler(nb::module_& m);
 void bind_ops(nb::module_& m);
+void bind_pack(nb::module_& m);
 
 }  // namespace vivace

@@ -19,6 +19,7 @@ namespace vivace {
   extern const OpKernels op_kernels;               \
   extern const AttentionKernels attention_kernels; \
   extern const BlockKernels block_kernels;         \
+  extern const PackKernels pack_kernels;           \
   }
 #define VIVACE_ROW(isa)     \
   {Isa::isa,                \
@@ -27,7 +28,8 @@ namespace vivace {
    &isa::integer_kernels,   \
    &isa::op_kernels,        \
    &isa::attention_kernels, \
-   &isa::block_kernels}
+   &isa::block_kernels,     \
+   &isa::pack_kernels}
 
 VIVACE_TABLES(generic)
 #if defined(__x86_64__)

@@ -11,6 +11,7 @@ struct IntegerKernels;
 struct OpKernels;
 struct AttentionKernels;
 struct BlockKernels;
+struct PackKernels;
 
 // Everything that is compiled once per instruction set. A kernel file `*_kernels.cpp` defines, in
 // namespace vivace::VIVACE_ISA, one table: `extern const LinearKernels linear_kernels`, and so on.
@@ -22,6 +23,7 @@ struct Kernels {
   const OpKernels* ops;
   const AttentionKernels* attention;
   const BlockKernels* blocks;
+  const PackKernels* pack;
 };
 
 const char* isa_name(Isa isa);

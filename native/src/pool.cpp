@@ -32,6 +32,7 @@ namespace {
 
 #if defined(__x86_64__)
 constexpr uint64_t kKernelControl = 0x9fc0;  // DAZ, FTZ, all traps masked, round to nearest
+constexpr uint64_t kPlainControl = 0x1f80;
 uint64_t read_control() {
   return _mm_getcsr();
 }
@@ -43,6 +44,7 @@ void relax() {
 }
 #elif defined(__aarch64__)
 constexpr uint64_t kKernelControl = 1u << 24;  // FZ
+constexpr uint64_t kPlainControl = 0;
 uint64_t read_control() {
   uint64_t control;
   __asm__ volatile("mrs %0, fpcr" : "=r"(control));
@@ -55,7 +57,7 @@ void relax() {
   __asm__ volatile("yield");
 }
 #else
-constexpr uint64_t kKernelControl = 0;
+constexpr uint64_t kKernelControl = 0, kPlainControl = 0;
 uint64_t read_control() {
   return 0;
 }
@@ -65,8 +67,9 @@ void relax() {}
 
 }  // namespace
 
-FloatEnvironment::FloatEnvironment() : saved_(read_control()) {
-  if (saved_ != kKernelControl) write_control(kKernelControl);
+FloatEnvironment::FloatEnvironment(Denormals denormals) : saved_(read_control()) {
+  const uint64_t wanted = denormals == Denormals::kept ? kPlainControl : kKernelControl;
+  if (saved_ != wanted) write_control(wanted);
 }
 
 FloatEnvironment::~FloatEnvironment() {

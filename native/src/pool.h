@@ -7,11 +7,14 @@
 
 namespace vivace {
 
+enum class Denormals : bool { zero, kept };
+
 // The one floating-point environment of all kernels: round to nearest even, denormals are zero on
 // input and output, no traps. The caller's environment comes back at the end of the scope.
+// With denormals kept it is numpy's.
 class FloatEnvironment {
  public:
-  FloatEnvironment();
+  explicit FloatEnvironment(Denormals denormals = Denormals::zero);
   ~FloatEnvironment();
   FloatEnvironment(const FloatEnvironment&) = delete;
   FloatEnvironment& operator=(const FloatEnvironment&) = delete;

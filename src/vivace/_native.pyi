@@ -180,6 +180,37 @@ def decode_blocks(
         NativeError: an unknown format, or shapes that do not fit together.
     """
 
+def matrix_bytes(kernel: str, num_rows: int, num_columns: int) -> int:
+    """Bytes of a matrix stored for a kernel. Raises NativeError: no such kernel or shape."""
+
+def pack_codes(
+    kernel: str,
+    weights: np.ndarray,
+    out: NDArray[np.uint8],
+    threads: int | None = None,
+    isa: str | None = None,
+) -> bool:
+    """Round weights [rows, columns] to panels of integer codes.
+
+    Args:
+        kernel: such as "int4/32/float16/zeros".
+        weights: float32, float16, or the bits of bfloat16 (uint16).
+        out: `matrix_bytes` of them.
+        threads: of the pool that executors with so many threads share; None: all.
+        isa: instruction set; None: the best one. All give the same bits.
+    Returns:
+        False if finite weights have a scale that is not finite as stored. Where weights are NaN or
+        infinite, so is their scale.
+    Raises:
+        NativeError: an unknown kernel, or shapes that do not fit together.
+    """
+
+def is_finite(packed: _Packed, threads: int | None = None) -> bool:
+    """Whether a packed matrix holds neither NaN nor infinity."""
+
+def checksum(data: NDArray[np.uint8], threads: int | None = None) -> int:
+    """64 bits that tell damaged bytes, of a flat array; no protection against an attacker."""
+
 # ------------------------------------------------------------ single kernels, for tests
 
 class Attention:

@@ -13,8 +13,8 @@ A row's hidden state `h` (float32) passes through the blocks in order:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -42,6 +42,7 @@ __all__ = [
     "block_linears",
     "block_norms",
     "matrix_roles",
+    "replace_refs",
     "weight_refs",
 ]
 
@@ -357,3 +358,15 @@ def weight_refs(spec: Any) -> Iterator[WeightRef]:
     elif is_dataclass(spec):
         for field in fields(spec):
             yield from weight_refs(getattr(spec, field.name))
+
+
+def replace_refs(spec: Any, new: Callable[[WeightRef], WeightRef]) -> Any:
+    """A graph or a part of it with `new(ref)` in the place of every reference."""
+    if isinstance(spec, WeightRef):
+        return new(spec)
+    if isinstance(spec, tuple):
+        return tuple(replace_refs(item, new) for item in spec)
+    if is_dataclass(spec) and not isinstance(spec, type):
+        changed = {f.name: replace_refs(getattr(spec, f.name), new) for f in fields(spec)}
+        return replace(spec, **changed)
+    return spec

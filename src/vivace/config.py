@@ -205,7 +205,18 @@ _OTHERS = (
         "model", Kind.TEXT, "tiny", "directory, GGUF file, org/name on the hub, or a shipped name"
     ),
     Setting("plan", Kind.TEXT, None, "TOML file that chooses techniques"),
-    Setting("weights", Kind.TEXT, None, "how weights are stored: a weight_formats technique"),
+    Setting(
+        "weights",
+        Kind.TEXT,
+        None,
+        "how weights are stored: a weight_formats technique, as NAME or NAME:OPTION=VALUE,...",
+    ),
+    Setting(
+        "weight_cache",
+        Kind.TEXT,
+        None,
+        "folder that keeps packed weights for the next start, or off; unset: the user's cache",
+    ),
     Setting("kv", Kind.TEXT, None, "how keys and values are stored: a kv_stores technique"),
     Setting("threads", Kind.INTEGER, None, "threads; unset: what this process may use"),
     Setting(

@@ -24,18 +24,19 @@ from vivace.errors import BadFile, InvalidOption, InvalidRequest, QueueFull
 from vivace.executors.native import NativeExecutor
 from vivace.models.loading import LoadedModel, load_model
 from vivace.models.segmentation import Tokenization, check_tokenization
+from vivace.models.weight_cache import cache_folder, packed_weights
 from vivace.plan import DEFAULTS, Plan, ResolvedPlan, resolve
 from vivace.registry import seams
 from vivace.techniques.weight_formats.base import matrix_of
 from vivace.types import InputSegment, RequestKind, SamplingParams
 
 if TYPE_CHECKING:
-    from vivace.blocks import ModelGraph
+    from vivace.blocks import ModelGraph, WeightRef
     from vivace.engine.branch import Branch
     from vivace.models.tokenizer import Tokenizer
     from vivace.techniques.weight_formats.base import WeightFormat
 
-__all__ = ["LLM", "Choice", "Completion", "Delta", "Estimate", "Timing"]
+__all__ = ["LLM", "Choice", "Completion", "Delta", "Estimate", "Timing", "weight_formats"]
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -66,7 +67,8 @@ class LLM:
     Args:
         model: a directory, a GGUF file, `org/name` on the hub, or a shipped name.
         plan: which techniques run: a `Plan`, or the path of a TOML file; `None`: the exact default.
-        weights: weight format, by name, or a table with its options; over what the plan says.
+        weights: weight format, by name ("int4", "int4:group_size=64") or as a table with its
+            options; over what the plan says.
         kv: likewise the key/value store. By default both follow the checkpoint's type.
         threads: `None`: as many as this process may use.
         max_context: tokens of a sequence; `None`: the model's, but at most 8,192.
@@ -74,6 +76,8 @@ class LLM:
         isa: instruction set, at most what the machine has; `None`: the best one.
         tokenization: how texts become tokens: by the vocabulary's `merges`, or without them, the
             longest first (`greedy`) or the fewest (`shortest`).
+        weight_cache: folder that keeps packed weights for the next start; `None`: the user's cache
+            folder; "off": they are not kept.
     Raises:
         ModelError: the model cannot be loaded.
         UserError: the plan or an option is wrong.
@@ -90,6 +94,7 @@ class LLM:
         cache_bytes: int | None = None,
         isa: str | None = None,
         tokenization: Tokenization = "merges",
+        weight_cache: str | Path | None = None,
     ) -> None:
         check_tokenization(tokenization)
         self.model: LoadedModel = load_model(model)
@@ -99,9 +104,12 @@ class LLM:
         _check_whole("cache_bytes", cache_bytes, 2**60)
         self.plan = _resolve(self.model, plan, weights, kv)
         self.max_context = _context(self.graph, max_context)
+        self.model.check_files()
+        formats = weight_formats(self.graph, self.plan)
+        graph, weights = packed_weights(self.model, formats, cache_folder(weight_cache))
         executor = NativeExecutor(
-            self.graph,
-            self.model.weights,
+            graph,
+            weights,
             self.plan.one("weight_formats"),
             self.plan.one("kv_stores"),
             role_formats=_role_formats(self.plan),
@@ -481,9 +489,8 @@ def _resolve(
     over = {"weight_formats": weights, "kv_stores": kv}
     given = Plan.from_dict({seam: value for seam, value in over.items() if value is not None})
     plan = dataclasses.replace(plan, choices=dict(plan.choices) | dict(given.choices))
-    stored = model.weight_format
-    kv_store = "bfloat16" if stored["name"] == "bfloat16" else "float32"
-    defaults = DEFAULTS | {"weight_formats": stored, "kv_stores": kv_store}
+    kv_store = "bfloat16" if model.dtype == "bfloat16" else "float32"
+    defaults = DEFAULTS | {"weight_formats": model.weight_format, "kv_stores": kv_store}
     return resolve(plan.with_defaults(defaults))
 
 
@@ -499,6 +506,12 @@ def _check_whole(name: str, value: Any, high: int) -> None:
         raise InvalidOption(f"{name} is {value!r}: expected a whole number from 1 to {high}")
 
 
+def weight_formats(graph: ModelGraph, plan: ResolvedPlan) -> dict[WeightRef, WeightFormat]:
+    """The format of every matrix."""
+    body, others = plan.one("weight_formats"), _role_formats(plan)
+    return {ref: others.get(role) or body for ref, role in matrix_roles(graph).items()}
+
+
 def _role_formats(plan: ResolvedPlan) -> dict[Role, WeightFormat]:
     """Formats of matrices that the body's does not store. Routers choose: they are not rounded."""
     formats = {Role(role): made for role, made in plan.by_role("weight_formats").items()}
@@ -509,8 +522,5 @@ def _role_formats(plan: ResolvedPlan) -> dict[Role, WeightFormat]:
 
 def _weight_bytes(model: LoadedModel, plan: ResolvedPlan) -> int:
     """Bytes of all matrices as the plan stores them."""
-    body, others = plan.one("weight_formats"), _role_formats(plan)
-    return sum(
-        (others.get(role) or body).num_bytes(matrix_of(model.weights, ref))
-        for ref, role in matrix_roles(model.graph).items()
-    )
+    formats = weight_formats(model.graph, plan)
+    return sum(made.num_bytes(matrix_of(model.weights, ref)) for ref, made in formats.items())

@@ -21,7 +21,7 @@ from vivace.errors import (
 from vivace.registry import Seam, Technique, seams
 from vivace.types import Change, Exactness, Need
 
-__all__ = ["DEFAULTS", "Plan", "ResolvedPlan", "resolve"]
+__all__ = ["DEFAULTS", "Plan", "ResolvedPlan", "parse_choice", "resolve"]
 
 # What runs where a plan is silent. Storage formats follow the checkpoint: see `LLM`.
 DEFAULTS: dict[str, str | Mapping[str, Any]] = {
@@ -41,7 +41,10 @@ class Plan:
 
     @staticmethod
     def of(**choices: str | Mapping[str, Any]) -> Plan:
-        """`Plan.of(schedulers={"name": "chunked", "chunk_size": 64}, kv_stores="bfloat16")`."""
+        """`Plan.of(schedulers={"name": "chunked", "chunk_size": 64}, weight_formats="int4")`.
+
+        A technique's options may stand in its text, too: see `parse_choice`.
+        """
         return Plan.from_dict(choices)
 
     @staticmethod
@@ -71,10 +74,39 @@ class Plan:
 
 def _choice(seam: str, item: Any) -> tuple[str, Mapping[str, Any]]:
     if isinstance(item, str):
-        return item, {}
+        return parse_choice(item)
     if isinstance(item, Mapping) and isinstance(item.get("name"), str):
         return item["name"], {key: value for key, value in item.items() if key != "name"}
     raise BadFile(f'plan: [{seam}] needs name = "..." beside its options, not {item!r}')
+
+
+def parse_choice(text: str) -> tuple[str, dict[str, Any]]:
+    """A technique and its options as one text, such as `int4:group_size=64,symmetric=false`.
+
+    Values are true, false, numbers or else texts. Raises `InvalidOption`.
+    """
+    name, colon, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in rest.split(",") if colon else ():
+        key, sign, value = (piece.strip() for piece in part.partition("="))
+        if not name or not key or not sign or not value or key in options:
+            raise InvalidOption(
+                f"'{text}': expected NAME or NAME:OPTION=VALUE,..., each option once, such as "
+                "int4:group_size=64,symmetric=false"
+            )
+        options[key] = _value(value)
+    return name.strip(), options
+
+
+def _value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from vivace.cli.export import export
 from vivace.cli.listings import ls, techniques, version
 from vivace.cli.output import INTERRUPTED
 from vivace.cli.pull import pull
+from vivace.cli.quantize import quantize
 from vivace.cli.run import run
 from vivace.errors import UserError, VivaceError
 
@@ -25,7 +26,7 @@ BUG_EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 app = click.Group(
     "vivace",
     help="Run open-weight language models, with techniques that are chosen by measuring.",
-    commands=[run, evaluate, ls, pull, export, techniques, doctor, config, version],
+    commands=[run, evaluate, ls, pull, export, quantize, techniques, doctor, config, version],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

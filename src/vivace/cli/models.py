@@ -57,7 +57,7 @@ def load(model: str, settings: Settings, plan: str | None = None) -> LLM:
     """The model under the settings; `plan` replaces the plan and what it may choose."""
     from vivace.llm import LLM
 
-    names = ("threads", "isa", "tokenization")
+    names = ("threads", "isa", "tokenization", "weight_cache")
     return LLM(model, **{name: settings[name] for name in names}, **_options(settings, plan))
 
 

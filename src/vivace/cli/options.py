@@ -15,6 +15,7 @@ __all__ = ["MODEL", "SAMPLING", "command"]
 MODEL = (
     "plan",
     "weights",
+    "weight_cache",
     "kv",
     "threads",
     "isa",

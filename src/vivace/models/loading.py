@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from vivace import _native
 from vivace.blocks import ModelGraph, weight_refs
 from vivace.errors import BadFile, ModelNotFound, UnsupportedModel
 from vivace.models import graph_from_config, name_prefix
 from vivace.models.config import Config, show
+from vivace.models.formats.packed_file import PackedFile
 from vivace.models.formats.safetensors import SafetensorsFile, TensorInfo
 from vivace.models.formats.strict_json import read_object
 from vivace.models.location import resolve
+from vivace.models.packing import is_packed, packed_graph
 from vivace.models.tokenizer import Tokenizer
+from vivace.techniques.weight_formats.base import Packed
 
 if TYPE_CHECKING:
     from vivace.models.formats.block_tensor import BlockTensor
@@ -42,18 +46,26 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
 class TensorFile(Protocol):
-    """A file of tensors, checked when it was opened."""
+    """A file of tensors, or several that are one, checked when it was opened."""
 
     path: Path
     tensors: dict[str, TensorInfo]
 
-    def array(self, name: str) -> np.ndarray | BlockTensor: ...
+    @property
+    def paths(self) -> Sequence[Path]: ...
+
+    def release(self) -> None:
+        """Let go of the pages that were read; they count as memory of the process until then."""
+        ...
+
+    def array(self, name: str) -> np.ndarray | BlockTensor | Packed: ...
 
 
 class Weights(Mapping[str, Any]):
     """Checkpoint tensors by name, as read-only views of the mapped files.
 
-    A quantized matrix is a `BlockTensor`, decoded where `np.asarray` asks for its rows.
+    A quantized matrix is a `BlockTensor`, decoded where `np.asarray` asks for its rows, or is
+    `Packed`.
 
     Args:
         files: the shards.
@@ -63,6 +75,7 @@ class Weights(Mapping[str, Any]):
     """
 
     def __init__(self, files: Sequence[TensorFile], prefix: str = "") -> None:
+        self.files: Sequence[TensorFile] = tuple(files)
         self._stored: dict[str, tuple[TensorFile, str]] = {}
         for file in files:
             for stored in file.tensors:
@@ -78,6 +91,9 @@ class Weights(Mapping[str, Any]):
         file, stored = self._stored[name]
         return file.array(stored)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 
@@ -91,10 +107,14 @@ class Weights(Mapping[str, Any]):
     def path(self, name: str) -> Path:
         return self._stored[name][0].path
 
+    def release(self) -> None:
+        for file in self.files:
+            file.release()
+
     def check_finite(self, names: list[str]) -> None:
         """Search tensors for NaN and infinity. Raises `BadFile` that names the first."""
         for name in names:
-            if not _is_finite(np.asarray(self[name])):
+            if not _is_finite(self[name]):
                 raise BadFile(
                     f"{self.path(name)}: tensor {show(name)} has NaN or infinite values: "
                     "the checkpoint is damaged; download it again or use another one"
@@ -145,15 +165,28 @@ class LoadedModel:
         return frozenset(item for item in (*ids, *own) if item < self.graph.vocab_size)
 
     @property
+    def dtype(self) -> str:
+        """The float type of most matrices; of packed ones, what they were before."""
+        sizes: dict[str, int] = {}
+        for info in self._matrix_infos():
+            sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + math.prod(info.shape)
+        return max(sizes, key=lambda name: sizes[name])
+
+    @property
     def weight_format(self) -> dict[str, Any]:
         """The weight format that stores matrices as the checkpoint does."""
-        sizes: dict[str, int] = {}
-        for name in {ref.name for ref in self.graph.linears()}:
-            info = self.weights.info(name)
-            if info.is_quantized:
-                return {"name": "stored"}
-            sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + math.prod(info.shape)
-        return {"name": max(sizes, key=lambda name: sizes[name])}
+        is_quantized = any(info.is_quantized for info in self._matrix_infos())
+        return {"name": "stored" if is_quantized else self.dtype}
+
+    def _matrix_infos(self) -> list[TensorInfo]:
+        names = {ref.name for ref in self.graph.linears()}
+        return [self.weights.info(name) for name in sorted(names)]
+
+    def check_files(self) -> None:
+        """Read files that carry a checksum whole. Raises `BadFile` if one is damaged."""
+        for file in self.weights.files:
+            if isinstance(file, PackedFile):
+                file.check()
 
     def check_all_weights(self) -> None:
         """Search every tensor for NaN and infinity; reads the whole checkpoint."""
@@ -177,10 +210,17 @@ def load_model(location: str | Path) -> LoadedModel:
 def _from_directory(path: Path) -> LoadedModel:
     config = _read_config(path, "config.json")
     assert config is not None
+    packed = is_packed(config.values)
+    if packed:
+        config.section("quantization_config")  # read: families refuse what nobody has
     graph = graph_from_config(config)
     generation = _read_config(path, "generation_config.json", is_required=False)
     generation = generation or Config({}, "generation_config.json")
-    weights = Weights(_open_files(path), name_prefix(graph.family))
+    if packed:
+        graph = packed_graph(graph)
+        weights = Weights([PackedFile(path / "model.safetensors")], name_prefix(graph.family))
+    else:
+        weights = Weights(_open_files(path), name_prefix(graph.family))
     has_tokenizer = (path / "tokenizer.json").exists()
     make_tokenizer = partial(Tokenizer.load, path) if has_tokenizer else None
     return LoadedModel(path, graph, weights, config, generation, make_tokenizer)
@@ -330,8 +370,11 @@ def _check_tensor(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _is_finite(array: np.ndarray) -> bool:
+def _is_finite(stored: np.ndarray | BlockTensor | Packed) -> bool:
     """Whether no exponent is all ones; works on the bits, a piece that fits the cache at a time."""
+    if isinstance(stored, Packed):
+        return _native.is_finite(stored, 1)  # starting threads takes longer than a small one
+    array = np.asarray(stored)
     if array.dtype == np.float32:
         bits, mask = array.reshape(-1).view(np.uint32), np.uint32(0x7F800000)
     else:

@@ -20,7 +20,7 @@ from vivace.models.config import show
 from vivace.models.formats.block_tensor import BlockTensor
 from vivace.models.formats.ggml_types import GgmlType, find_type
 from vivace.models.formats.gguf_header import Cursor, read_metadata
-from vivace.models.formats.mapped_file import map_file
+from vivace.models.formats.mapped_file import map_file, release
 
 __all__ = ["GgufFile", "GgufTensorInfo"]
 
@@ -107,6 +107,10 @@ class GgufFile:
         row_bytes = info.shape[-1] // info.type.block_size * info.type.block_bytes
         blocks = BlockTensor(info.type, raw.reshape(math.prod(info.shape[:-1]), row_bytes))
         return blocks if len(shape) == 2 else blocks.decode().reshape(shape)
+
+    def release(self) -> None:
+        for data in self._maps:
+            release(data)
 
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor as they are in the file, read-only."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vivace.errors import BadFile
 
-__all__ = ["map_file"]
+__all__ = ["map_file", "release"]
 
 
 def map_file(path: Path, min_bytes: int, kind: str) -> mmap.mmap:
@@ -25,3 +25,9 @@ def map_file(path: Path, min_bytes: int, kind: str) -> mmap.mmap:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise BadFile(f"{path}: cannot be read ({error.strerror}): check the file") from error
+
+
+def release(data: mmap.mmap) -> None:
+    """Let go of the pages that were read, where the system can; reading maps them again."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED)

@@ -18,17 +18,17 @@ import numpy as np
 
 from vivace.errors import BadFile
 from vivace.models.config import show
-from vivace.models.formats.mapped_file import map_file
+from vivace.models.formats.mapped_file import map_file, release
 from vivace.models.formats.strict_json import parse_object
 
-__all__ = ["SafetensorsFile", "TensorInfo"]
+__all__ = ["DTYPES", "PREFIX_BYTES", "SafetensorsFile", "TensorInfo"]
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_DIMENSIONS = 8
 MAX_NAME_LENGTH = 1024
-_PREFIX_BYTES = 8
+PREFIX_BYTES = 8
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
@@ -64,15 +64,16 @@ class TensorInfo:
 class SafetensorsFile:
     """One file: `tensors` by name, and arrays that are read-only views of the mapped file.
 
-    Nothing is allocated from numbers in the header. The map lives as long as any of its arrays.
+    `metadata` is what the header says beside them, unchecked. Nothing is allocated from numbers in
+    the header. The map lives as long as any of its arrays.
 
     Raises `BadFile`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._map = map_file(path, _PREFIX_BYTES + 1, "safetensors")
-        self.tensors = _parse_header(path, self._map)
+        self.path, self.paths = path, (path,)
+        self._map = map_file(path, PREFIX_BYTES + 1, "safetensors")
+        self.tensors, self.metadata = _parse_header(path, self._map)
 
     def array(self, name: str) -> np.ndarray:
         info = self.tensors[name]
@@ -84,10 +85,17 @@ class SafetensorsFile:
             flat = flat.copy()  # kernels read whole elements; such files are old and small
         return flat.reshape(info.shape)
 
+    def release(self) -> None:
+        release(self._map)
 
-def _parse_header(path: Path, data: mmap.mmap) -> dict[str, TensorInfo]:
+    def raw(self) -> np.ndarray:
+        """All bytes of the file."""
+        return np.frombuffer(self._map, np.uint8)
+
+
+def _parse_header(path: Path, data: mmap.mmap) -> tuple[dict[str, TensorInfo], Any]:
     (length,) = struct.unpack_from("<Q", data)
-    if length == 0 or length > len(data) - _PREFIX_BYTES:
+    if length == 0 or length > len(data) - PREFIX_BYTES:
         raise BadFile(
             f"{path}: header length {length} does not fit a file of {len(data)} bytes: "
             "the file is cut short or not safetensors; download it again"
@@ -97,12 +105,12 @@ def _parse_header(path: Path, data: mmap.mmap) -> dict[str, TensorInfo]:
             f"{path}: the header has {length} bytes: expected at most {MAX_HEADER_BYTES}; "
             "split the checkpoint into shards"
         )
-    start = _PREFIX_BYTES + length
-    header = parse_object(data[_PREFIX_BYTES:start], f"{path}: header")
-    header.pop("__metadata__", None)
+    start = PREFIX_BYTES + length
+    header = parse_object(data[PREFIX_BYTES:start], f"{path}: header")
+    metadata = header.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, start) for name, entry in header.items()}
     _check_cover(path, tensors, start, len(data))
-    return tensors
+    return tensors, metadata
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
@@ -112,8 +120,8 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise BadFile(f"{where}: expected dtype, shape and data_offsets, got {show(entry)}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in _DTYPES:
-        known = ", ".join(_DTYPES)
+    if not isinstance(code, str) or code not in DTYPES:
+        known = ", ".join(DTYPES)
         raise BadFile(f"{where}: dtype {show(code)} is unknown: expected one of {known}")
     if not _is_counts(shape) or len(shape) > MAX_DIMENSIONS:
         raise BadFile(
@@ -121,7 +129,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
         )
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise BadFile(f"{where}: data_offsets {show(offsets)}: expected a begin and an end")
-    dtype, (begin, end) = _DTYPES[code], offsets
+    dtype, (begin, end) = DTYPES[code], offsets
     expected = math.prod(shape) * dtype.itemsize
     if expected != end - begin:
         raise BadFile(

@@ -40,7 +40,7 @@ class GgufTensors:
     """
 
     def __init__(self, file: GgufFile) -> None:
-        self._file, self.path = file, file.path
+        self._file, self.path, self.paths = file, file.path, file.paths
         self.tensors = {name: self._info(name) for name in file.tensors}
 
     def _info(self, name: str) -> TensorInfo:
@@ -51,6 +51,9 @@ class GgufTensors:
         shape = (1, *shape) if _is_gate(name) and len(shape) == 1 else shape
         is_quantized = info.type.dtype is None
         return TensorInfo(dtype, shape, info.offset, info.num_bytes, is_quantized)
+
+    def release(self) -> None:
+        self._file.release()
 
     def array(self, name: str) -> np.ndarray | BlockTensor:
         array = self._file.array(name)

@@ -13,6 +13,7 @@ from vivace.models.gguf.tokenizer import tokenizer_from_metadata
 from vivace.models.gguf.tokenizer_keys import tokenizer_keys
 from vivace.models.gguf.write import Storage, copy_gguf, write_gguf
 from vivace.models.loading import LoadedModel
+from vivace.models.packing import is_packed
 
 __all__ = ["check_name", "export_gguf"]
 
@@ -49,6 +50,10 @@ def export_gguf(model: LoadedModel, path: Path, storage: Storage | None, pre: st
     if is_gguf:
         copy_gguf(path, GgufFile(model.path), storage)
         return
+    if is_packed(model.config.values):
+        raise UnsupportedModel(
+            f"{model.path}: its matrices are packed: export the checkpoint that it was made from"
+        )
     storage = storage or _OF_WEIGHT_FORMAT[model.weight_format["name"]]
     others = _tokenizer_keys(model, pre) | sampling_keys(model.generation_config)
     write_gguf(path, model.graph, model.weights, model.config, others, storage)

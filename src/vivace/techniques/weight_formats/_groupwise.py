@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import ml_dtypes
 import numpy as np
 
+from vivace import _native
 from vivace.errors import BadFile
 from vivace.techniques.weight_formats._kernels import Codes
-from vivace.techniques.weight_formats._panels import PANEL_OUTPUTS, pack_panels
+from vivace.techniques.weight_formats._panels import PANEL_OUTPUTS
 from vivace.techniques.weight_formats.base import Grid, Matrix, Packed, WeightFormat
 
 __all__ = ["GroupSize", "GroupwiseFormat", "ScaleType", "quantize"]
 
 GroupSize = Literal["row", 32, 64, 128]
 ScaleType = Literal["float32", "float16", "bfloat16", "e8m0"]
-_PIECE_WEIGHTS = 2**20  # quantized at a time
+_PIECE_WEIGHTS = 2**22  # quantized at a time
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_SMALLEST_SCALE = np.finfo(np.float32).smallest_normal
+_TAKEN_AS_IT_IS = (np.dtype(np.float32), np.dtype(np.float16), _BFLOAT16)
 
 
 class GroupwiseConfig(Protocol):
@@ -53,8 +58,9 @@ class GroupwiseFormat(WeightFormat):
 
     def pack(self, weight: Matrix | Packed) -> Packed:
         codes, (num_rows, num_columns) = self.codes, weight.shape
+        kernel = codes.kernel
         if isinstance(weight, Packed):
-            if weight.kernel == codes.kernel:
+            if weight.kernel == kernel:
                 return weight
             weight = self.dequant(weight)
         if codes.group_size is not None and num_columns % codes.group_size:
@@ -62,18 +68,36 @@ class GroupwiseFormat(WeightFormat):
                 f"groups of {codes.group_size} do not divide rows of {num_columns} weights: use a "
                 "smaller group_size, or group_size 'row' with int8"
             )
-        pieces = []
+        packed = Packed(kernel, (num_rows, num_columns), np.empty(self.num_bytes(weight), np.uint8))
         step = max(1, _PIECE_WEIGHTS // num_columns // PANEL_OUTPUTS) * PANEL_OUTPUTS
         for first in range(0, num_rows, step):
-            rows = np.asarray(weight[first : first + step], np.float32)
-            pieces.append(pack_panels(*quantize(rows, codes), codes.bits))
-        return Packed(codes.kernel, (num_rows, num_columns), np.concatenate(pieces))
+            rows = _as_bits(weight[first : first + step])
+            if not _native.pack_codes(kernel, rows, packed[first : first + step].raw):
+                raise BadFile(_not_finite(codes))
+        return packed
+
+    def num_bytes(self, weight: Matrix | Packed) -> int:
+        num_rows, num_columns = weight.shape
+        return _native.matrix_bytes(self.codes.kernel, num_rows, num_columns)
+
+
+def _as_bits(rows: Any) -> np.ndarray:
+    """Rows of a matrix as the native quantizer reads them, a copy only where that is needed."""
+    if not isinstance(rows, np.ndarray) or rows.dtype not in _TAKEN_AS_IT_IS:
+        rows = np.asarray(rows, np.float32)
+    rows = np.ascontiguousarray(rows)
+    return rows.view(np.uint16) if rows.dtype == _BFLOAT16 else rows
+
+
+def _not_finite(codes: Codes) -> str:
+    return f"a scale is not finite as {codes.scale_type}: use scale_type 'bfloat16'"
 
 
 def quantize(weight: np.ndarray, codes: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Round [N, K] float32 to codes [N, K] uint8, scales [N, G] as stored, zeros [N, G] or None.
 
-    Raises `BadFile` if a finite weight needs a scale that its type does not hold.
+    The reference of native/src/pack_kernels.cpp. Raises `BadFile` if a finite weight needs a scale
+    that its type does not hold.
     """
     num_rows, num_columns = weight.shape
     groups = weight.reshape(num_rows, -1, codes.group_size or num_columns)
@@ -86,10 +110,11 @@ def quantize(weight: np.ndarray, codes: Codes) -> tuple[np.ndarray, np.ndarray, 
         else:
             extreme = np.where(highest > -lowest, highest, lowest)
             wanted = extreme / np.float32(-middle)
-        stored, scales = _round_scales(wanted, codes)
+        stored, scales = _round_scales(wanted + np.float32(0), codes)  # no zero has a sign
         if not np.isfinite(scales).all() and np.isfinite(weight).all():
-            raise BadFile(f"a scale is not finite as {codes.scale_type}: use scale_type 'bfloat16'")
-        inverse = np.where(scales == 0, np.float32(0), 1 / scales)
+            raise BadFile(_not_finite(codes))
+        # Kernels take a denormal scale for zero.
+        inverse = np.where(np.abs(scales) < _SMALLEST_SCALE, np.float32(0), 1 / scales)
         zeros = None
         offset = np.float32(middle)
         if codes.has_zeros:

@@ -93,7 +93,8 @@ def decode(kernel: str, shape: tuple[int, int], data: np.ndarray) -> np.ndarray:
         out = np.empty(shape, np.float32)
         _native.decode_blocks(kernel.upper(), data.reshape(shape[0], -1), out)
         return out
-    return data.reshape(shape).astype(np.float32)
+    elements = _ELEMENTS[kernel.removesuffix("_float32")]
+    return data.reshape(-1).view(elements).reshape(shape).astype(np.float32)
 
 
 def _decode_codes(codes: Codes, shape: tuple[int, int], data: np.ndarray) -> np.ndarray:

@@ -36,6 +36,8 @@ class PlainFormat(WeightFormat):
     def pack(self, weight: Matrix | Packed) -> Packed:
         kernel = self.storage if self.rounds_inputs else f"{self.storage}_float32"
         if isinstance(weight, Packed):
+            if weight.kernel == kernel:
+                return weight
             weight = self.dequant(weight)
         return Packed(kernel, (weight.shape[0], weight.shape[1]), convert(weight, self._dtype))
 

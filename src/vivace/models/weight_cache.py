@@ -1,0 +1,151 @@
+"""Packed weights of a checkpoint, kept for the next start in a file that is mapped then.
+
+An entry is named after the model's path and the formats. It says which files it was made from; one
+that does not fit them, or is damaged, is made again. Writers replace entries whole, so processes
+may share a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vivace.blocks import ModelGraph, WeightRef, weight_refs
+from vivace.errors import BadFile
+from vivace.models.formats.packed_file import VERSION, PackedFile, write_packed
+from vivace.models.packing import pack_matrix, packed_graph, packed_names
+from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_of
+
+if TYPE_CHECKING:
+    from vivace.models.loading import LoadedModel
+
+__all__ = ["MIN_BYTES", "OFF", "cache_folder", "packed_weights"]
+
+OFF = "off"  # in the place of a folder
+MIN_BYTES = 64 * 2**20  # smaller models are packed in no time
+_PACKED_BITS = 16  # formats of fewer bits take time to pack
+_HASHED_BYTES = 2**20  # from a file's start, where its header is
+_log = logging.getLogger("vivace")
+
+
+def cache_folder(chosen: str | Path | None) -> Path | None:
+    """Where entries lie: the folder chosen, or the user's; None: nothing is kept."""
+    if chosen is not None:
+        return None if chosen == OFF else Path(chosen).expanduser()
+    variable = {"darwin": None, "win32": "LOCALAPPDATA"}.get(sys.platform, "XDG_CACHE_HOME")
+    root = os.environ.get(variable) if variable else None
+    if root:
+        return Path(root) / "vivace" / "packed"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without one
+        return None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "vivace" / "packed"
+
+
+def packed_weights(
+    model: LoadedModel, formats: Mapping[WeightRef, WeightFormat], folder: Path | None
+) -> tuple[ModelGraph, Mapping[str, Any]]:
+    """The graph and weights to bind: the model's own, or with what takes time to pack packed.
+
+    Without a folder, and where little is packed, they are the model's. An entry that cannot be read
+    or written is no error: one line says so.
+
+    Raises `BadFile`: a matrix cannot be packed.
+    """
+    matrices = {ref: matrix_of(model.weights, ref) for ref in formats}
+    wanted = {
+        ref: weight_format
+        for ref, weight_format in formats.items()
+        if weight_format.grid.bits < _PACKED_BITS and not isinstance(matrices[ref], Packed)
+    }
+    num_bytes = sum(made.num_bytes(matrices[ref]) for ref, made in wanted.items())
+    if folder is None or not wanted or num_bytes < MIN_BYTES:
+        return model.graph, model.weights
+    names = packed_names(model.graph)
+    packed = _Entry(model, wanted, folder).read_or_make()
+    weights: dict[str, Any] = {
+        ref.name: model.weights[ref.name] for ref in weight_refs(model.graph) if ref not in formats
+    }
+    weights |= {names[ref]: matrix for ref, matrix in matrices.items() if ref not in wanted}
+    return packed_graph(model.graph), weights | packed
+
+
+class _Entry:
+    def __init__(
+        self, model: LoadedModel, formats: Mapping[WeightRef, WeightFormat], folder: Path
+    ) -> None:
+        self._model, self._formats = model, formats
+        names = packed_names(model.graph)
+        self._names = {ref: names[ref] for ref in formats}
+        self._folder = folder
+        stated = json.dumps([os.path.realpath(model.path), self._stated_formats()], default=str)
+        digest = hashlib.sha256(stated.encode()).hexdigest()[:16]
+        self._path = folder / f"{model.path.name[:64]}-{digest}.safetensors"
+
+    def _stated_formats(self) -> list[Any]:
+        made = [(name, self._formats[ref]) for ref, name in self._names.items()]
+        return [(name, item.name, sorted(item.options().items())) for name, item in made]
+
+    def read_or_make(self) -> dict[str, Packed]:
+        found = self._read()
+        if found is not None:
+            return found
+        source = self._source()  # before the files are read: a change while they are shows
+        makers = {name: partial(self._pack, ref) for ref, name in self._names.items()}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_packed(self._path, makers, dtype=self._model.dtype, source=source)
+            return PackedFile(self._path).matrices()
+        except OSError as error:
+            _log.warning(
+                "%s: packed weights are not kept for the next start (%s)",
+                self._folder,
+                error.strerror,
+            )
+        return {name: make() for name, make in makers.items()}
+
+    def _pack(self, ref: WeightRef) -> Packed:
+        packed = pack_matrix(self._model.weights, ref, self._formats[ref])
+        self._model.weights.release()
+        return packed
+
+    def _read(self) -> dict[str, Packed] | None:
+        """What is kept, None where that is nothing that can be used."""
+        if not os.path.exists(self._path):  # False where the folder cannot be read
+            return None
+        try:
+            file = PackedFile(self._path)
+            if file.source != self._source():
+                _log.warning("%s: the model has changed since: packing it again", self._path)
+                return None
+            file.check()
+        except BadFile as error:
+            _log.warning("%s: cannot be used any more: packing the model again", self._path)
+            _log.info("%s", error)
+            return None
+        found = file.matrices()
+        shapes = {name: ref.shape for ref, name in self._names.items()}
+        if {name: matrix.shape for name, matrix in found.items()} == shapes:
+            return found
+        _log.warning("%s: holds other matrices than the model: packing it again", self._path)
+        return None
+
+    def _source(self) -> str:
+        """What tells the model's files from others, and from themselves when they change."""
+        paths = [path for file in self._model.weights.files for path in file.paths]
+        return json.dumps([VERSION, *map(_identity, paths)])
+
+
+def _identity(path: Path) -> tuple[str, int, int, str]:
+    status = path.stat()
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(_HASHED_BYTES)).hexdigest()
+    return os.path.realpath(path), status.st_size, status.st_mtime_ns, digest
