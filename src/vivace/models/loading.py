@@ -24,6 +24,7 @@ from vivace.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from vivace.models.formats.block_tensor import BlockTensor
+    from vivace.models.quantized.matrices import QuantizedMatrix
 
 __all__ = ["LoadedModel", "Weights", "load_model"]
 
@@ -47,13 +48,14 @@ class TensorFile(Protocol):
     path: Path
     tensors: dict[str, TensorInfo]
 
-    def array(self, name: str) -> np.ndarray | BlockTensor: ...
+    def array(self, name: str) -> np.ndarray | BlockTensor | QuantizedMatrix: ...
 
 
 class Weights(Mapping[str, Any]):
     """Checkpoint tensors by name, as read-only views of the mapped files.
 
-    A quantized matrix is a `BlockTensor`, decoded where `np.asarray` asks for its rows.
+    A quantized matrix is a `BlockTensor` or a `QuantizedMatrix`, decoded where `np.asarray` asks
+    for its rows.
 
     Args:
         files: the shards.
@@ -177,10 +179,16 @@ def load_model(location: str | Path) -> LoadedModel:
 def _from_directory(path: Path) -> LoadedModel:
     config = _read_config(path, "config.json")
     assert config is not None
+    is_quantized = config.has("quantization_config")
     graph = graph_from_config(config)
     generation = _read_config(path, "generation_config.json", is_required=False)
     generation = generation or Config({}, "generation_config.json")
     weights = Weights(_open_files(path), name_prefix(graph.family))
+    if is_quantized:
+        # Imported late: other models start without them.
+        from vivace.models.quantized.tensors import QuantizedTensors, read_method
+
+        weights = Weights([QuantizedTensors(weights, read_method(config), graph, path)])
     has_tokenizer = (path / "tokenizer.json").exists()
     make_tokenizer = partial(Tokenizer.load, path) if has_tokenizer else None
     return LoadedModel(path, graph, weights, config, generation, make_tokenizer)
