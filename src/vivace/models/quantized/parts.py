@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +18,12 @@ __all__ = ["FLOATS", "Parts", "Source"]
 FLOATS = ("float16", "bfloat16", "float32")
 
 
-class Source(Mapping[str, np.ndarray], Protocol):
+class Source(Protocol):
     """Tensors by name, as loading opens them."""
+
+    def __getitem__(self, name: str, /) -> np.ndarray: ...
+
+    def __iter__(self) -> Iterator[str]: ...
 
     def info(self, name: str) -> TensorInfo: ...
 

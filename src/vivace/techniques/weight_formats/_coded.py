@@ -36,7 +36,7 @@ class Coded(Matrix, Protocol):
         ...
 
 
-def is_coded(weight: Matrix | Packed) -> TypeGuard[Coded]:
+def _is_coded(weight: Matrix | Packed) -> TypeGuard[Coded]:
     return hasattr(weight, "read_codes")
 
 
@@ -45,7 +45,7 @@ def kernel_for_codes(weight: Matrix | Packed) -> Codes | None:
 
     Groups that are larger than a kernel's are several of it with the same scale.
     """
-    if not is_coded(weight) or weight.bits not in _BITS:
+    if not _is_coded(weight) or weight.bits not in _BITS:
         return None
     num_columns, group_size = weight.shape[1], None
     if weight.group_size < num_columns:
@@ -65,8 +65,9 @@ def coded_bytes(codes: Codes, shape: tuple[int, ...]) -> int:
     return num_panels * (-(-header // LINE) + num_steps * codes.bits) * LINE
 
 
-def pack_coded(weight: Coded, codes: Codes) -> Packed:
+def pack_coded(weight: Matrix, codes: Codes) -> Packed:
     """The same codes, scales and zeros in panels, a piece of rows at a time."""
+    assert _is_coded(weight)
     num_rows, num_columns = weight.shape
     group_size = codes.group_size or num_columns
     # The checkpoint's group of each of the kernel's.
