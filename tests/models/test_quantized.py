@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import checkpoint, random_tokens, run_logits
-from quantized_checkpoints import (
+from quantized_files import (
     Quantized,
     awq,
     float4,
@@ -24,6 +24,7 @@ from quantized_checkpoints import (
     int_weights,
     packed,
     quantize_checkpoint,
+    read_tensors,
     write_tensors,
 )
 
@@ -314,7 +315,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "gptq, fused": ("phi3", GPTQ, gptq),
     "gptq, experts": ("mixtral", GPTQ, gptq),
     "awq": ("llama", AWQ, awq),
-    "awq, experts": ("qwen3_moe", AWQ, awq),
+    "awq, experts": ("mixtral", AWQ, awq),
     "packed": ("llama", group_config("pack-quantized", int_weights(4)), packed),
     "packed, zeros": (
         "qwen3",
@@ -350,16 +351,11 @@ def dense_twin(path: Path, other: Path, weights: dict[str, np.ndarray]) -> Path:
     modules = {name.removesuffix(".weight") for name in weights}
     kept = {
         name: array
-        for name, array in read_tensors_of(path).items()
+        for name, array in read_tensors(path / "model.safetensors").items()
         if name.rpartition(".")[0] not in modules or name.endswith(".bias")
     }
     write_tensors(other / "model.safetensors", kept | weights)
     return other
-
-
-def read_tensors_of(path: Path) -> dict[str, np.ndarray]:
-    file = SafetensorsFile(path / "model.safetensors")
-    return {name: file.array(name) for name in file.tensors}
 
 
 def logits(path: Path, executor: Any, weight_format: str, **kwargs: Any) -> np.ndarray:
@@ -416,7 +412,7 @@ def test_tensors_that_change_nothing_are_left_out(tmp_path, caplog):
     group["input_activations"] = W8A8 | {"strategy": "tensor", "dynamic": False}
     (path / "config.json").write_text(json.dumps(fields))
     before = logits(path, NativeExecutor, "stored")
-    tensors = read_tensors_of(path)
+    tensors = read_tensors(path / "model.safetensors")
     one = np.ones(1, np.float32)
     attention = "model.layers.1.self_attn"
     tensors |= {f"{attention}.k_scale": one, f"{attention}.q_proj.input_scale": one}
@@ -433,7 +429,7 @@ def test_biases_of_zero_are_left_out(tmp_path):
     path = tmp_path / "model"
     make("gptq", path)
     before = logits(path, NativeExecutor, "stored")
-    tensors = read_tensors_of(path)
+    tensors = read_tensors(path / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float16)
     write_tensors(path / "model.safetensors", tensors)
     np.testing.assert_array_equal(logits(path, NativeExecutor, "stored"), before)
@@ -454,7 +450,7 @@ def test_shards_may_divide_a_matrix(tmp_path):
     path = tmp_path / "model"
     make("gptq", path)
     before = logits(path, NativeExecutor, "stored")
-    tensors = read_tensors_of(path)
+    tensors = read_tensors(path / "model.safetensors")
     names = sorted(tensors, key=lambda name: name[::-1])
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for shard, members in shards.items():
