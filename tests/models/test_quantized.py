@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import shutil
@@ -29,15 +30,18 @@ from quantized_files import (
 )
 
 from vivace import LLM, SamplingParams
+from vivace.errors import UnsupportedModel
 from vivace.executors.native import NativeExecutor
 from vivace.executors.torch_ import TorchExecutor
 from vivace.models.config import Config
 from vivace.models.formats.safetensors import SafetensorsFile
+from vivace.models.gguf.export import export_gguf
 from vivace.models.loading import Weights, load_model
 from vivace.models.quantized.parts import Parts
 from vivace.models.quantized.tensors import read_method
 from vivace.registry import Seam
 
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "quantized.json").read_text())
 FORMATS = Seam("vivace.techniques.weight_formats")
 pytestmark = pytest.mark.usefixtures("own_surroundings")
 
@@ -275,6 +279,22 @@ def test_float4(is_mx, tmp_path):
     assert pack(matrix)[0].kernel == "float16_float32"
 
 
+def spelled(tensor: dict[str, Any]) -> np.ndarray:
+    dtype = np.dtype(getattr(ml_dtypes, tensor["dtype"], tensor["dtype"]))
+    return np.frombuffer(base64.b64decode(tensor["bytes"]), dtype).reshape(tensor["shape"])
+
+
+@pytest.mark.parametrize("index", range(len(GOLDEN)))
+def test_what_compressed_tensors_wrote(index: int, tmp_path: Path) -> None:
+    """It decompresses to bfloat16; ours is what it rounds."""
+    case = GOLDEN[index]
+    tensors = {name: spelled(tensor) for name, tensor in case["tensors"].items()}
+    made = Quantized(tensors, spelled(case["weight"]))
+    matrix = matrix_of(made, tmp_path, **case["config"])
+    rounded = np.asarray(matrix).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(rounded.view(np.uint16), made.weight.view(np.uint16))
+
+
 # ---------------------------------------------------------------- models
 
 
@@ -421,7 +441,7 @@ def test_tensors_that_change_nothing_are_left_out(tmp_path, caplog):
     np.testing.assert_array_equal(logits(path, NativeExecutor, "stored"), before)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3
-    for part in ("kv_cache_scheme is not used", "input_activations: not used", "1 others"):
+    for part in ("kv_cache_scheme is not used", "input_activations: not used", "2 tensors such as"):
         assert any(part in line for line in lines)
 
 
@@ -460,3 +480,21 @@ def test_shards_may_divide_a_matrix(tmp_path):
     index.write_text(json.dumps({"weight_map": weight_map}))
     (path / "model.safetensors").unlink()
     np.testing.assert_array_equal(logits(path, NativeExecutor, "stored"), before)
+
+
+def test_it_is_exported_decoded(tmp_path):
+    path = tmp_path / "model"
+    weights = make("packed", path)
+    export_gguf(load_model(path), tmp_path / "out.gguf", None, None)
+    exported = load_model(tmp_path / "out.gguf")
+    down = np.asarray(exported.weights["blk.1.ffn_down.weight"])
+    wanted = weights["model.layers.1.mlp.down_proj.weight"]
+    np.testing.assert_array_equal(down, wanted.astype(np.float16))
+
+
+def test_matrices_stored_upside_down_are_refused(tmp_path):
+    path = tmp_path / "model"
+    checkpoint("gpt2", path)
+    quantize_checkpoint(path, GPTQ, gptq, lambda name: "c_fc.weight" in name)
+    with pytest.raises(UnsupportedModel, match=r"c_fc.weight' is quantized and stored as \(in"):
+        load_model(path)

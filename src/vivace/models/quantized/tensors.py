@@ -115,7 +115,9 @@ class QuantizedTensors:
         """Leave out what changes nothing: biases of zero that GPTQ writes, scales of inputs."""
         scales = [n for n in self.tensors if n.rpartition(".")[2] in method.unused]
         if scales:
-            _log.warning("%s: %s and %d others are not used", self.path, scales[0], len(scales) - 1)
+            _log.warning(
+                "%s: not used: %d tensors such as %s", self.path, len(scales), show(scales[0])
+            )
         biases = [f"{name.removesuffix('.weight')}.bias" for name in self._matrices]
         extra = [n for n in biases if n in self.tensors and n not in wanted]
         for name in [*scales, *(n for n in extra if not np.any(self._source[n]))]:
