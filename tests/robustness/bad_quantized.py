@@ -183,6 +183,12 @@ def only_names(first: str, then: str) -> Callable[[Tensors], None]:
     return change
 
 
+CASES["gptq: g_idx missing, though reordered"] = (
+    "gptq",
+    "g_idx' is missing beside",
+    lambda fields: fields.update(desc_act=True),
+    lambda tensors: tensors.pop(f"{LAYER}.mlp.up_proj.g_idx"),
+)
 CASES["gptq: a matrix of another method"] = (
     "gptq", "stored as codes: expected weight, or g_idx", nothing, only_names("qweight", "codes")
 )  # fmt: skip

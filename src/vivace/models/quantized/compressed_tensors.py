@@ -37,14 +37,8 @@ class CompressedTensors:
     """
 
     names = frozenset(
-        {
-            "weight_packed",
-            "weight_scale",
-            "weight_zero_point",
-            "weight_shape",
-            "weight_g_idx",
-            "weight_global_scale",
-        }
+        f"weight_{part}"
+        for part in ("packed", "scale", "zero_point", "shape", "g_idx", "global_scale")
     )
     unused = frozenset(
         f"{what}_{part}"

@@ -48,7 +48,7 @@ class Gptq:
             raise config.bad("bits", "2, 3, 4 or 8")
         self.group_size = group_size(config)
         self.is_symmetric = config.boolean("sym", True)
-        config.boolean("desc_act")  # g_idx says it
+        self.is_reordered = config.boolean("desc_act")
         self.zeros_minus = 0 if _format(config) == "gptq_v2" else 1
         _refuse_variants(config)
         self._has_told = False
@@ -87,22 +87,21 @@ class Gptq:
     def _zeros(self, fields: np.ndarray) -> np.ndarray:
         """Zeros of what `qzeros` holds."""
         middle, minus = 1 << self.bits - 1, self.zeros_minus
-        if self.is_symmetric:
-            other = 1 - minus
-            if fields.size and (fields == middle - other).all():
-                minus = other
-                if not self._has_told:
-                    self._has_told = True
-                    said, found = _FORMATS[1 - self.zeros_minus], _FORMATS[1 - other]
-                    _log.warning(
-                        "zero points of %d: the checkpoint is of the format %s, though it says %s",
-                        middle - other, found, said,
-                    )  # fmt: skip
+        if self.is_symmetric and fields.size and (fields == middle - 1 + minus).all():
+            minus = 1 - minus
+            if not self._has_told:
+                self._has_told = True
+                _log.warning(
+                    "zero points of %d: the checkpoint is of the format %s, though it says %s",
+                    fields.flat[0],
+                    _FORMATS[1 - minus],
+                    _FORMATS[minus],
+                )
         return (fields + np.uint8(minus)) & np.uint8((1 << self.bits) - 1)
 
     def _group_of(self, parts: Parts, num_groups: int, group: int) -> np.ndarray | None:
         """The group of each column, or None where groups lie in order."""
-        if not parts.has("g_idx"):
+        if not parts.has("g_idx") and not self.is_reordered:
             return None
         num_columns = parts.shape[1]
         group_of = parts.read("g_idx", ("int32",), (num_columns,))

@@ -9,7 +9,7 @@ import numpy as np
 
 from vivace.errors import UnsupportedModel
 
-__all__ = ["CodedMatrix", "Codes", "QuantizedMatrix", "unpack_codes"]
+__all__ = ["CodedMatrix", "Codes", "QuantizedMatrix", "decode_codes", "unpack_codes"]
 
 # Codes [n, K] uint8, scales [n, G] and zeros [n, G] uint8 or None, of a range of rows.
 Codes = tuple[np.ndarray, np.ndarray, np.ndarray | None]
