@@ -404,7 +404,7 @@ config_with(
 config_with("model type a path", "expected one of", model_type="../../llama")
 config_with("model type an internal file", "expected one of", model_type="loading")
 config_with("model type a list", "expected a string", model_type=["llama"])
-config_with("quantized", "'quantization_config' is not supported", quantization_config={"bits": 4})
+config_with("quantized, no method", "'quant_method' is missing", quantization_config={"bits": 4})
 config_with("split linears", "'pretraining_tp' is not supported", pretraining_tp=2)
 config_with("soft cap", "'final_logit_softcapping'", final_logit_softcapping=30.0)
 config_with("unknown activation", "hidden_act 'rellu' is not supported", hidden_act="rellu")

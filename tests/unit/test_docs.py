@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vivace.config import SETTINGS
 from vivace.models import families
+from vivace.models.quantized.tensors import METHODS
 from vivace.registry import seams
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,7 @@ def test_every_cited_paper_is_listed_with_its_technique() -> None:
         for paper in seam.info(name).papers
     }
     others = {f"families.{name}" for name in families()} | {f"settings.{n}" for n in SETTINGS}
+    others |= {f"checkpoints.{name}" for name in METHODS}
     listed = {(paper, by) for paper, entry in PAPERS.items() for by in entry["by"]}
     assert {item for item in listed if item[1] not in others} == cited
 

@@ -24,6 +24,7 @@ from vivace.blocks import (
 )
 from vivace.errors import BadFile, NativeError, UnsupportedModel
 from vivace.models.formats.block_tensor import BlockTensor
+from vivace.models.quantized.matrices import QuantizedMatrix
 from vivace.models.rope import rope_table
 from vivace.techniques.kv_stores.base import KVStore
 from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_of
@@ -35,7 +36,7 @@ __all__ = ["NativeExecutor", "Site"]
 # residual add; it may be edited in place and is gone when the call returns.
 Site = Callable[[np.ndarray], None]
 
-Stored = np.ndarray | BlockTensor | Packed  # a tensor of a checkpoint
+Stored = np.ndarray | BlockTensor | QuantizedMatrix | Packed  # a tensor of a checkpoint
 _Bound = tuple[Packed, np.ndarray | None]  # a matrix and its bias
 _BoundNorm = tuple[np.ndarray, np.ndarray | None]
 

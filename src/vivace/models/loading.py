@@ -28,6 +28,7 @@ from vivace.techniques.weight_formats.base import Packed
 
 if TYPE_CHECKING:
     from vivace.models.formats.block_tensor import BlockTensor
+    from vivace.models.quantized.matrices import QuantizedMatrix
 
 __all__ = ["LoadedModel", "Weights", "load_model"]
 
@@ -58,14 +59,14 @@ class TensorFile(Protocol):
         """Let go of the pages that were read; they count as memory of the process until then."""
         ...
 
-    def array(self, name: str) -> np.ndarray | BlockTensor | Packed: ...
+    def array(self, name: str) -> np.ndarray | BlockTensor | Packed | QuantizedMatrix: ...
 
 
 class Weights(Mapping[str, Any]):
     """Checkpoint tensors by name, as read-only views of the mapped files.
 
-    A quantized matrix is a `BlockTensor`, decoded where `np.asarray` asks for its rows, or is
-    `Packed`.
+    A quantized matrix is a `BlockTensor` or a `QuantizedMatrix`, decoded where `np.asarray` asks
+    for its rows, or is `Packed`.
 
     Args:
         files: the shards.
@@ -106,6 +107,10 @@ class Weights(Mapping[str, Any]):
 
     def path(self, name: str) -> Path:
         return self._stored[name][0].path
+
+    @property
+    def paths(self) -> list[Path]:
+        return [path for file in self.files for path in file.paths]
 
     def release(self) -> None:
         for file in self.files:
@@ -210,9 +215,8 @@ def load_model(location: str | Path) -> LoadedModel:
 def _from_directory(path: Path) -> LoadedModel:
     config = _read_config(path, "config.json")
     assert config is not None
+    section = config.section("quantization_config")  # families refuse what nobody has read
     packed = is_packed(config.values)
-    if packed:
-        config.section("quantization_config")  # read: families refuse what nobody has
     graph = graph_from_config(config)
     generation = _read_config(path, "generation_config.json", is_required=False)
     generation = generation or Config({}, "generation_config.json")
@@ -221,6 +225,11 @@ def _from_directory(path: Path) -> LoadedModel:
         weights = Weights([PackedFile(path / "model.safetensors")], name_prefix(graph.family))
     else:
         weights = Weights(_open_files(path), name_prefix(graph.family))
+    if section is not None and not packed:
+        # Imported late: other models start without them.
+        from vivace.models.quantized.tensors import QuantizedTensors, read_method
+
+        weights = Weights([QuantizedTensors(weights, read_method(config), graph, path)])
     has_tokenizer = (path / "tokenizer.json").exists()
     make_tokenizer = partial(Tokenizer.load, path) if has_tokenizer else None
     return LoadedModel(path, graph, weights, config, generation, make_tokenizer)

@@ -140,7 +140,7 @@ class _Entry:
 
     def _source(self) -> str:
         """What tells the model's files from others, and from themselves when they change."""
-        paths = [path for file in self._model.weights.files for path in file.paths]
+        paths = self._model.weights.paths
         return json.dumps([VERSION, *map(_identity, paths)])
 
 

@@ -35,7 +35,8 @@ def export_gguf(model: LoadedModel, path: Path, storage: Storage | None, pre: st
 
     Args:
         path: of the new file; one that is there is replaced.
-        storage: the type of matrices; None: as they are, or as most of a checkpoint's are.
+        storage: the type of matrices; None: as they are, or as most of a checkpoint's are, F16 if
+            those are quantized.
         pre: see `tokenizer_keys`.
     Raises:
         UnsupportedModel: GGUF cannot say what the model or its tokenizer does.
@@ -54,7 +55,7 @@ def export_gguf(model: LoadedModel, path: Path, storage: Storage | None, pre: st
         raise UnsupportedModel(
             f"{model.path}: its matrices are packed: export the checkpoint that it was made from"
         )
-    storage = storage or _OF_WEIGHT_FORMAT[model.weight_format["name"]]
+    storage = storage or _OF_WEIGHT_FORMAT.get(model.weight_format["name"], Storage.F16)
     others = _tokenizer_keys(model, pre) | sampling_keys(model.generation_config)
     write_gguf(path, model.graph, model.weights, model.config, others, storage)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PANEL_OUTPUTS", "STEP_INPUTS", "pack_panels", "unpack_panels"]
+__all__ = ["LINE", "PANEL_OUTPUTS", "STEP_INPUTS", "pack_panels", "unpack_panels"]
 
 PANEL_OUTPUTS = 16
 STEP_INPUTS = 32  # inputs whose codes lie together
-_LINE = 64
+LINE = 64
 
 
 def pack_panels(
@@ -24,12 +24,12 @@ def pack_panels(
     padded = np.zeros((num_panels * PANEL_OUTPUTS, steps * STEP_INPUTS), np.uint8)
     padded[: len(codes), : codes.shape[1]] = codes
     vectors = padded.reshape(num_panels, PANEL_OUTPUTS, steps, 8, 4)
-    vectors = vectors.transpose(0, 2, 3, 1, 4).reshape(num_panels, steps, 8, _LINE)
+    vectors = vectors.transpose(0, 2, 3, 1, 4).reshape(num_panels, steps, 8, LINE)
     parts = [_lanes(scales, num_panels).view(np.uint8).reshape(num_panels, -1)]
     if zeros is not None:
         parts.append(_lanes(zeros, num_panels).reshape(num_panels, -1))
     header = np.concatenate(parts, axis=1)
-    header = np.pad(header, ((0, 0), (0, -header.shape[1] % _LINE)))
+    header = np.pad(header, ((0, 0), (0, -header.shape[1] % LINE)))
     return np.concatenate([header, _squeeze(vectors, bits).reshape(num_panels, -1)], axis=1)
 
 
@@ -49,7 +49,7 @@ def unpack_panels(
     scale_bytes = num_values * np.dtype(scale_type).itemsize
     scales = np.ascontiguousarray(raw[:, :scale_bytes]).view(scale_type)
     zeros = raw[:, scale_bytes : scale_bytes + num_values] if has_zeros else None
-    vectors = _stretch(raw[:, raw.shape[1] - steps * bits * _LINE :], steps, bits)
+    vectors = _stretch(raw[:, raw.shape[1] - steps * bits * LINE :], steps, bits)
     vectors = vectors.reshape(num_panels, steps, 8, PANEL_OUTPUTS, 4)
     codes = vectors.transpose(0, 3, 1, 2, 4).reshape(num_panels * PANEL_OUTPUTS, -1)
     return (
@@ -89,7 +89,7 @@ def _squeeze(vectors: np.ndarray, bits: int) -> np.ndarray:
 
 def _stretch(raw: np.ndarray, steps: int, bits: int) -> np.ndarray:
     """The inverse of `_squeeze`: [panels, ...] -> [panels, steps, 8, 64]."""
-    packed = raw.reshape(len(raw), steps, bits, _LINE)
+    packed = raw.reshape(len(raw), steps, bits, LINE)
     if bits == 8:
         return packed
     if bits == 4:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from vivace.registry import TechniqueInfo
+from vivace.techniques.weight_formats._coded import coded_bytes, kernel_for_codes, pack_coded
 from vivace.techniques.weight_formats._kernels import BLOCKS, unit_rows
 from vivace.techniques.weight_formats._plain import convert
 from vivace.techniques.weight_formats.base import Grid, Matrix, Packed, WeightFormat
+
+_log = logging.getLogger(__name__)
 
 INFO = TechniqueInfo(summary="as the file stores it, matrix by matrix; what cannot be: float16")
 
@@ -24,8 +29,13 @@ class Stored(WeightFormat):
 
     Blocks of GGUF that no kernel reads in place (all but Q4_0, Q8_0, Q4_K and Q6_K, or rows that
     are no multiple of 16) are decoded to float16.
+    Codes that others quantized are packed as they are where a kernel reads them, else decoded too.
     Cost: the bytes of the file per token.
     """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._told: set[str] = set()
 
     @property
     def grid(self) -> Grid:
@@ -36,6 +46,9 @@ class Stored(WeightFormat):
             return weight.nbytes
         if isinstance(weight, Packed) or _block_kernel(weight) is not None:
             return weight.num_bytes  # type: ignore[union-attr]
+        codes = kernel_for_codes(weight)
+        if codes is not None:
+            return coded_bytes(codes, weight.shape)
         return super().num_bytes(weight)
 
     def pack(self, weight: Matrix | Packed) -> Packed:
@@ -45,9 +58,19 @@ class Stored(WeightFormat):
         kernel = _block_kernel(weight)
         if kernel is not None:
             return Packed(kernel, shape, weight.raw)  # type: ignore[attr-defined]
+        codes = kernel_for_codes(weight)
+        if codes is not None:
+            return pack_coded(weight, codes)
+        self._tell(getattr(weight, "stored_as", None))
         dtype = weight.dtype if isinstance(weight, np.ndarray) else np.dtype(np.float16)
         name = dtype.name if dtype == np.float32 else f"{dtype.name}_float32"
         return Packed(name, shape, convert(weight, dtype))
+
+    def _tell(self, stored_as: str | None) -> None:
+        """Say once that matrices of a checkpoint take more memory than their file."""
+        if stored_as is not None and stored_as not in self._told:
+            self._told.add(stored_as)
+            _log.warning("no kernel reads %s: such matrices are decoded to float16", stored_as)
 
 
 def _block_kernel(weight: Matrix) -> str | None:

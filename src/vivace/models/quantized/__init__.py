@@ -1,0 +1,1 @@
+"""Checkpoints in safetensors that others quantized: a file for each method."""

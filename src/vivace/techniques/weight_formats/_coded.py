@@ -1,0 +1,81 @@
+"""Codes that others quantized, laid out for kernels as they are."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, TypeGuard
+
+import numpy as np
+
+from vivace.techniques.weight_formats._kernels import Codes
+from vivace.techniques.weight_formats._panels import (
+    LINE,
+    PANEL_OUTPUTS,
+    STEP_INPUTS,
+    pack_panels,
+)
+from vivace.techniques.weight_formats.base import Matrix, Packed
+
+__all__ = ["Coded", "coded_bytes", "kernel_for_codes", "pack_coded"]
+
+_BITS = (2, 3, 4, 8)
+_GROUP_SIZES = (128, 64, 32)
+_PIECE_WEIGHTS = 2**20  # packed at a time
+
+
+class Coded(Matrix, Protocol):
+    """A matrix [N, K] of a checkpoint: weight = (code - zero) * scale of its group."""
+
+    bits: int
+    group_size: int  # weights along a row; a row where it is as long
+    scale_dtype: np.dtype
+    has_zeros: bool
+
+    def read_codes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Codes [N, K] uint8, scales [N, G], and zeros [N, G] uint8 unless all are the middle."""
+        ...
+
+
+def _is_coded(weight: Matrix | Packed) -> TypeGuard[Coded]:
+    return hasattr(weight, "read_codes")
+
+
+def kernel_for_codes(weight: Matrix | Packed) -> Codes | None:
+    """The kernel that reads a matrix of codes without loss; None: there is none, or no codes.
+
+    Groups that are larger than a kernel's are several of it with the same scale.
+    """
+    if not _is_coded(weight) or weight.bits not in _BITS:
+        return None
+    num_columns, group_size = weight.shape[1], None
+    if weight.group_size < num_columns:
+        common = math.gcd(weight.group_size, num_columns)
+        fitting = [size for size in _GROUP_SIZES if common % size == 0]
+        if not fitting:
+            return None
+        group_size = fitting[0]
+    return Codes(weight.bits, group_size, weight.scale_dtype.name, weight.has_zeros)
+
+
+def coded_bytes(codes: Codes, shape: tuple[int, ...]) -> int:
+    """Bytes that `pack_coded` takes."""
+    num_panels, num_steps = -(-shape[0] // PANEL_OUTPUTS), -(-shape[1] // STEP_INPUTS)
+    num_groups = shape[1] // (codes.group_size or shape[1])
+    header = num_groups * PANEL_OUTPUTS * (codes.scale_dtype.itemsize + codes.has_zeros)
+    return num_panels * (-(-header // LINE) + num_steps * codes.bits) * LINE
+
+
+def pack_coded(weight: Matrix, codes: Codes) -> Packed:
+    """The same codes, scales and zeros in panels, a piece of rows at a time."""
+    assert _is_coded(weight)
+    num_rows, num_columns = weight.shape
+    group_size = codes.group_size or num_columns
+    # The checkpoint's group of each of the kernel's.
+    group_of = np.arange(0, num_columns, group_size) // weight.group_size
+    pieces = []
+    step = max(1, _PIECE_WEIGHTS // num_columns // PANEL_OUTPUTS) * PANEL_OUTPUTS
+    for first in range(0, num_rows, step):
+        values, scales, zeros = weight[first : first + step].read_codes()
+        zeros = None if zeros is None else zeros[:, group_of]
+        pieces.append(pack_panels(values, scales[:, group_of], zeros, codes.bits))
+    return Packed(codes.kernel, (num_rows, num_columns), np.concatenate(pieces))
