@@ -274,11 +274,12 @@ TableLayout table_layout(const Format& format, int32_t K) {
                                 std::to_string(K) + " weights: expected fewer, in at most 65536");
   const int32_t steps = (K + kStepInputs - 1) / kStepInputs;
   TableLayout layout;
-  layout.block_steps = format.group == 0 ? steps : std::max(format.group, kStepInputs) / kStepInputs;
+  layout.block_steps =
+      format.group == 0 ? steps : std::max(format.group, kStepInputs) / kStepInputs;
   layout.block_scales = format.group == 16 || format.is_signed ? 2 : 1;
   layout.blocks_at = format.table_scale == TableScale::e4m3 ? sizeof(float)
-                     : format.table == TableKind::per_row ? size_t{2} << format.bits
-                                                          : 0;
+                     : format.table == TableKind::per_row   ? size_t{2} << format.bits
+                                                            : 0;
   layout.codes_in_block = layout.block_scales * scale_bytes(format.table_scale);
   const size_t step_bytes = size_t{kStepInputs} / 8 * format.bits;
   layout.block_bytes = layout.codes_in_block + layout.block_steps * step_bytes;

@@ -86,8 +86,8 @@ PanelLayout panel_layout(const Format& format, int32_t K);
 //   6 bits: 16 bytes as for 4 bits, then 8 bytes as for 3 bits that hold the upper two.
 //   8 bits: 32 bytes.
 struct TableLayout {
-  int32_t block_steps;                           // of 32 weights
-  int32_t block_scales;                          // number
+  int32_t block_steps;                            // of 32 weights
+  int32_t block_scales;                           // number
   size_t blocks_at, block_bytes, codes_in_block;  // codes_in_block: from where on in a block
   size_t outliers_at, bytes;
 };

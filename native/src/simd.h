@@ -245,8 +245,7 @@ VIVACE_INLINE __m256i round_to_bf16(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x), exponent = _mm256_set1_epi32(0x7f800000);
   const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lsb);
-  const __m256i tiny =
-      _mm256_cmpeq_epi32(_mm256_and_si256(bits, exponent), _mm256_setzero_si256());
+  const __m256i tiny = _mm256_cmpeq_epi32(_mm256_and_si256(bits, exponent), _mm256_setzero_si256());
   sum = _mm256_blendv_epi8(sum, _mm256_and_si256(bits, _mm256_set1_epi32(INT32_MIN)), tiny);
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   sum = _mm256_blendv_epi8(sum, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
@@ -608,8 +607,8 @@ VIVACE_INLINE Pairs to_pairs(F32x16 first, F32x16 second) {
 #if VIVACE_LEVEL >= 4
   return {__builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(second.v, first.v))};
 #elif VIVACE_LEVEL >= 2
-  return {_mm512_inserti64x4(_mm512_castsi256_si512(round_to_bf16(first)), round_to_bf16(second),
-                             1)};
+  return {
+      _mm512_inserti64x4(_mm512_castsi256_si512(round_to_bf16(first)), round_to_bf16(second), 1)};
 #elif VIVACE_LEVEL == 1
   return {round_to_bf16(first), round_to_bf16(second)};
 #else

@@ -32,90 +32,123 @@ VIVACE_INLINE float half_to_float(uint16_t half) {
 #endif
 }
 
-VIVACE_INLINE float e4m3_to_float(uint32_t code) {
-  if ((code & 0x7f) == 0x7f) return __builtin_nanf("");
-  return 256.0f * half_to_float(static_cast<uint16_t>((code & 0x80) << 8 | (code & 0x7f) << 7));
+// What codes of e4m3 mean.
+struct E4m3Values {
+  float at[256];
+};
+constexpr E4m3Values kE4m3 = [] {
+  E4m3Values values{};
+  for (int code = 0; code < 256; ++code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    float size = static_cast<float>(exponent == 0 ? mantissa : mantissa + 8) / 512.0f;
+    for (int i = 1; i < exponent; ++i) size *= 2.0f;
+    if ((code & 0x7f) == 0x7f) size = __builtin_nanf("");
+    values.at[code] = code < 0x80 ? size : -size;
+  }
+  return values;
+}();
+
+// What decodes steps of a row: `values` of the table, or null; scales of blocks one after another.
+struct Source {
+  const float* values;
+  const float* scales;
+  const uint8_t* codes;  // of the first step
+  size_t block_bytes;    // from one block's codes to the next one's
+};
+using DecodeSteps = void (*)(const Source& source, int steps, uint16_t* out);
+// Scales of `count` blocks from `p` on, `stride` bytes apart; `row` is where the row begins.
+using ReadScales = void (*)(const uint8_t* row, const uint8_t* p, size_t stride, int count,
+                            float* scales);
+
+template <int kScales, int kBytes, class Read>
+VIVACE_INLINE void read_each(const uint8_t* p, size_t stride, int count, float* scales, Read read) {
+  for (int i = 0; i < count; ++i, p += stride, scales += kScales) {
+    scales[0] = read(p);
+    if constexpr (kScales == 2) scales[1] = read(p + kBytes);
+  }
 }
 
-// Scales of `blocks` blocks, as floats one after another.
-template <class Read>
-VIVACE_INLINE void read_scales(const TableLayout& layout, size_t bytes, const uint8_t* block,
-                               int blocks, float* scales, Read read) {
-  for (int i = 0; i < blocks; ++i, block += layout.block_bytes)
-    for (int j = 0; j < layout.block_scales; ++j)
-      *scales++ = read(block + static_cast<size_t>(j) * bytes);
+template <TableScale kType, int kScales>
+void read_scales(const uint8_t* row, const uint8_t* p, size_t stride, int count, float* scales) {
+  if constexpr (kType == TableScale::float32)
+    read_each<kScales, 4>(p, stride, count, scales, read_as<float>);
+  if constexpr (kType == TableScale::float16)
+    read_each<kScales, 2>(p, stride, count, scales,
+                          [](const uint8_t* at) { return half_to_float(read_as<uint16_t>(at)); });
+  if constexpr (kType == TableScale::bfloat16)
+    read_each<kScales, 2>(p, stride, count, scales,
+                          [](const uint8_t* at) { return bf16_to_float(read_as<uint16_t>(at)); });
+  if constexpr (kType == TableScale::e8m0)
+    read_each<kScales, 1>(p, stride, count, scales, [](const uint8_t* at) {
+      return float_of(static_cast<uint32_t>(*at) << 23);
+    });
+  if constexpr (kType == TableScale::e4m3) {
+    const float factor = read_as<float>(row);
+    read_each<kScales, 1>(p, stride, count, scales,
+                          [=](const uint8_t* at) { return kE4m3.at[*at] * factor; });
+  }
+  if constexpr (kType == TableScale::none)
+    read_each<kScales, 0>(p, stride, count, scales, [](const uint8_t*) { return 1.0f; });
 }
 
-void read_scales(TableScale type, const TableLayout& layout, const uint8_t* row,
-                 const uint8_t* block, int blocks, float* scales) {
+template <int kScales>
+ReadScales choose_scales(TableScale type) {
   switch (type) {
     case TableScale::float32:
-      return read_scales(layout, 4, block, blocks, scales, read_as<float>);
+      return read_scales<TableScale::float32, kScales>;
     case TableScale::float16:
-      return read_scales(layout, 2, block, blocks, scales,
-                         [](const uint8_t* p) { return half_to_float(read_as<uint16_t>(p)); });
+      return read_scales<TableScale::float16, kScales>;
     case TableScale::bfloat16:
-      return read_scales(layout, 2, block, blocks, scales,
-                         [](const uint8_t* p) { return bf16_to_float(read_as<uint16_t>(p)); });
+      return read_scales<TableScale::bfloat16, kScales>;
     case TableScale::e8m0:
-      return read_scales(layout, 1, block, blocks, scales, [](const uint8_t* p) {
-        return float_of(static_cast<uint32_t>(*p) << 23);
-      });
-    case TableScale::e4m3: {
-      const float factor = read_as<float>(row);
-      return read_scales(layout, 1, block, blocks, scales,
-                         [&](const uint8_t* p) { return e4m3_to_float(*p) * factor; });
-    }
+      return read_scales<TableScale::e8m0, kScales>;
+    case TableScale::e4m3:
+      return read_scales<TableScale::e4m3, kScales>;
     default:
-      return read_scales(layout, 0, block, blocks, scales, [](const uint8_t*) { return 1.0f; });
+      return read_scales<TableScale::none, kScales>;
   }
 }
 
 // ---------------------------------------------------------------- decoding
 
-// Steps of one row from `step` of `block` on, whose scales begin at `scales`.
-struct Source {
-  const Format& format;
-  const TableLayout& layout;
-  const float* values;
-  const float* scales;
-  const uint8_t* block;
-  int step;
-
-  // f(codes, scales, out) for each step; g(scales) before those of a new block.
-  template <int kStepBytes, class G, class F>
-  VIVACE_MEMBER void for_steps(int steps, uint16_t* out, G g, F f) const {
-    const uint8_t* at = block;
-    const float* scale = scales;
-    int in_block = step;
-    while (steps > 0) {
-      const auto table = g(scale);
-      const uint8_t* codes = at + layout.codes_in_block + in_block * kStepBytes;
-      const int left = layout.block_steps - in_block, count = left < steps ? left : steps;
-      for (int i = 0; i < count; ++i, codes += kStepBytes, out += 32)
-        store_pairs(out, f(codes, table));
-      steps -= count;
-      in_block = 0;
-      at += layout.block_bytes;
-      scale += layout.block_scales;
+// table = make(scales) for each block of kSteps steps, or for all steps if 0, and decode(codes,
+// table) for each of its steps. A block has kScales scales.
+template <int kStepBytes, int kSteps, int kScales, class Make, class Decode>
+VIVACE_INLINE void for_steps(const Source& source, int steps, uint16_t* out, Make make,
+                             Decode decode) {
+  const uint8_t* codes = source.codes;
+  if constexpr (kSteps == 0) {
+    const auto table = make(source.scales);
+    for (int i = 0; i < steps; ++i)
+      store_pairs(out + 32 * i, decode(codes + kStepBytes * i, table));
+  } else {
+    const float* scales = source.scales;
+    const size_t block_bytes = source.block_bytes;
+    for (int i = 0; i < steps; i += kSteps, codes += block_bytes, scales += kScales) {
+      const auto table = make(scales);
+      VIVACE_UNROLL
+      for (int j = 0; j < kSteps; ++j)
+        store_pairs(out + 32 * (i + j), decode(codes + kStepBytes * j, table));
     }
   }
-};
+}
 
-template <int kBits, bool kHalves, bool kIsSigned>
+template <int kBits, int kSteps, bool kHalves, bool kIsSigned>
 void decode_table(const Source& source, int steps, uint16_t* out) {
   constexpr int kVectors = Table<kBits>::kVectors;
   F32x16 values[kVectors];
   Mask16 is_negative[kVectors];
+  VIVACE_UNROLL
   for (int i = 0; i < kVectors; ++i) {
     values[i] = load(source.values + 16 * i);
     is_negative[i] = less(values[i], zero());
   }
-  source.for_steps<4 * kBits>(
-      steps, out,
+  for_steps<4 * kBits, kSteps, kHalves || kIsSigned ? 2 : 1>(
+      source, steps, out,
       [&](const float* scales) {
         const F32x16 scale = set1(scales[0]);
         F32x16 first[kVectors], second[kVectors];
+        VIVACE_UNROLL
         for (int i = 0; i < kVectors; ++i) {
           if constexpr (kIsSigned)
             first[i] = mul(values[i], select(is_negative[i], set1(scales[1]), scale));
@@ -130,19 +163,33 @@ void decode_table(const Source& source, int steps, uint16_t* out) {
       });
 }
 
-template <bool kIsE4m3>
+template <bool kIsE4m3, int kSteps>
 void decode_bytes(const Source& source, int steps, uint16_t* out) {
-  source.for_steps<32>(
-      steps, out, [](const float* scales) { return scales[0]; },
+  for_steps<32, kSteps, 1>(
+      source, steps, out, [](const float* scales) { return scales[0]; },
       [](const uint8_t* codes, float scale) { return widen_bytes<kIsE4m3>(codes, scale); });
 }
 
-template <int kBits>
-void decode_codes(const Source& source, int steps, uint16_t* out) {
-  if constexpr (kBits < 6)
-    if (source.format.group == 16) return decode_table<kBits, true, false>(source, steps, out);
-  if (source.format.is_signed) return decode_table<kBits, false, true>(source, steps, out);
-  decode_table<kBits, false, false>(source, steps, out);
+template <int kBits, int kSteps>
+DecodeSteps choose_codes(const Format& format) {
+  if constexpr (kBits < 6 && kSteps == 1)
+    if (format.group == 16) return decode_table<kBits, 1, true, false>;
+  if (format.is_signed) return decode_table<kBits, kSteps, false, true>;
+  return decode_table<kBits, kSteps, false, false>;
+}
+
+template <int kSteps>
+DecodeSteps choose_steps(const Format& format) {
+  if (format.bits == 3) return choose_codes<3, kSteps>(format);
+  if (format.bits == 4) return choose_codes<4, kSteps>(format);
+  if (format.bits == 6) return choose_codes<6, kSteps>(format);
+  return format.table == TableKind::e4m3 ? decode_bytes<true, kSteps> : decode_bytes<false, kSteps>;
+}
+
+DecodeSteps choose_decoder(const Format& format) {
+  if (format.group == 0) return choose_steps<0>(format);
+  if (format.group <= 32) return choose_steps<1>(format);
+  return format.group == 64 ? choose_steps<2>(format) : choose_steps<4>(format);
 }
 
 // Puts the weights that a row stores beside its codes where they belong: columns [first, last).
@@ -159,22 +206,28 @@ void place_outliers(const uint8_t* outliers, int count, int first, int last, uin
 class RowDecoder {
  public:
   RowDecoder(const Format& format, int K) : format_(format), K_(K) {
-    if (format.storage == Storage::table)
-      layout_ = table_layout(format, K);
-    else
-      layout_.bytes = static_cast<size_t>(K) / block().weights * block().bytes;
+    if (format.storage == Storage::blocks) {
+      layout_.bytes = static_cast<size_t>(K / block().weights) * block().bytes;
+      chunk_bytes_ = static_cast<size_t>(kChunk / block().weights) * block().bytes;
+      return;
+    }
+    layout_ = table_layout(format, K);
+    is_row_ = format.group == 0;
+    chunk_bytes_ = is_row_ ? static_cast<size_t>(kChunk / 8 * format.bits)
+                           : kChunkSteps / layout_.block_steps * layout_.block_bytes;
+    read_scales_ = layout_.block_scales == 1 ? choose_scales<1>(format.table_scale)
+                                             : choose_scales<2>(format.table_scale);
+    decode_steps_ = choose_decoder(format);
   }
 
   size_t row_bytes() const { return layout_.bytes; }
 
-  // About where the weights from `first` on lie in a row.
-  size_t offset(int first) const {
-    return static_cast<size_t>(first) * layout_.bytes / static_cast<size_t>(K_);
-  }
+  // Bytes of a chunk.
+  size_t chunk_bytes() const { return chunk_bytes_; }
 
   // How many weights there are from `first` on, at most kChunk, in whole steps.
   int count(int first) const {
-    const int left = (K_ - first + kStepInputs - 1) / kStepInputs * kStepInputs;
+    const int left = (K_ - first + kStepInputs - 1) & -kStepInputs;
     return left < kChunk ? left : kChunk;
   }
 
@@ -192,7 +245,7 @@ class RowDecoder {
   // Decodes count(first) weights; those past the end of the row are zero.
   void decode(const uint8_t* row, int first, uint16_t* out) const {
     if (format_.storage == Storage::blocks) {
-      const uint8_t* at = row + first / block().weights * block().bytes;
+      const uint8_t* at = row + static_cast<size_t>(first / kChunk) * chunk_bytes_;
       block().decode(at, count(first) / block().weights, DecodedType::bfloat16, out);
       return;
     }
@@ -207,28 +260,28 @@ class RowDecoder {
   const BlockFormat& block() const { return block_kernels.formats[format_.block]; }
 
   void decode_chunk(const uint8_t* row, int first, uint16_t* out) const {
-    const int step = first / kStepInputs, steps = count(first) / kStepInputs;
-    const int index = step / layout_.block_steps, in_block = step % layout_.block_steps;
-    const int blocks = (in_block + steps + layout_.block_steps - 1) / layout_.block_steps;
-    const uint8_t* at = row + layout_.blocks_at + index * layout_.block_bytes;
+    const int steps = count(first) / kStepInputs;
+    const uint8_t* chunk = row + layout_.blocks_at + first / kChunk * chunk_bytes_;
+    const uint8_t* block = is_row_ ? row + layout_.blocks_at : chunk;
+    const int blocks = is_row_ ? 1 : steps / layout_.block_steps;
     float scales[2 * kChunkSteps];
-    read_scales(format_.table_scale, layout_, row, at, blocks, scales);
-    float own[16] = {};
+    read_scales_(row, block, layout_.block_bytes, blocks, scales);
+    float own[16];
     if (format_.table == TableKind::per_row)
-      for (int i = 0; i < 1 << format_.bits; ++i)
-        own[i] = bf16_to_float(read_as<uint16_t>(row + 2 * i));
+      for (int i = 0; i < 16; ++i)
+        own[i] = i < 1 << format_.bits ? bf16_to_float(read_as<uint16_t>(row + 2 * i)) : 0.0f;
     const float* values = format_.table == TableKind::per_row ? own : format_.values;
-    const Source source{format_, layout_, values, scales, at, in_block};
-    if (format_.bits == 3) return decode_codes<3>(source, steps, out);
-    if (format_.bits == 4) return decode_codes<4>(source, steps, out);
-    if (format_.bits == 6) return decode_codes<6>(source, steps, out);
-    if (format_.table == TableKind::e4m3) return decode_bytes<true>(source, steps, out);
-    decode_bytes<false>(source, steps, out);
+    decode_steps_({values, scales, chunk + layout_.codes_in_block, layout_.block_bytes}, steps,
+                  out);
   }
 
   const Format& format_;
   const int K_;
   TableLayout layout_{};
+  bool is_row_ = false;  // one scale a row
+  size_t chunk_bytes_ = 0;
+  ReadScales read_scales_ = nullptr;
+  DecodeSteps decode_steps_ = nullptr;
 };
 
 // ---------------------------------------------------------------- products
@@ -253,10 +306,10 @@ void multiply_few(const RowDecoder& decoder, const LinearItem& item, int n, cons
   Ahead ahead = no_ahead();
   for (int k = 0; k < item.K; k += kChunk) {
     const bool is_last = k + kChunk >= item.K;
-    const uint8_t* following = is_last ? next : w + decoder.offset(k + kChunk);
+    const uint8_t* following = is_last ? next : w + (k / kChunk + 1) * decoder.chunk_bytes();
     for (int i = 0; i < NR; ++i) {
       if (following != nullptr)
-        prefetch(following + static_cast<size_t>(i) * stride, decoder.offset(kChunk));
+        prefetch(following + static_cast<size_t>(i) * stride, decoder.chunk_bytes());
       decoder.decode(w + static_cast<size_t>(i) * stride, k, decoded[i]);
     }
     accumulate<Bfloat16>(sums, decoder.count(k), decoded[0], kChunk + 32,

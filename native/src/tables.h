@@ -52,9 +52,9 @@ VIVACE_INLINE __m512i shift_quarters(__m512i words) {
 VIVACE_INLINE __m512i load_nibbles(const uint8_t* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const __m512i words = spread<16, false>(_mm512_broadcast_i32x4(raw));
-  return _mm512_srlv_epi16(words, _mm512_setr_epi64(0, 0, 0, 0, 0x0004000400040004,
-                                                    0x0004000400040004, 0x0004000400040004,
-                                                    0x0004000400040004));
+  return _mm512_srlv_epi16(words,
+                           _mm512_setr_epi64(0, 0, 0, 0, 0x0004000400040004, 0x0004000400040004,
+                                             0x0004000400040004, 0x0004000400040004));
 }
 
 VIVACE_INLINE __m512i load_eight(const uint8_t* p) {
@@ -99,13 +99,12 @@ VIVACE_INLINE CodeVector load_codes(const uint8_t* p) {
   if constexpr (kBits == 3) {
     int third;
     __builtin_memcpy(&third, p + 8, 4);
-    const __m256i place = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
-                                             0x0303030303030303);
+    const __m256i place =
+        _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(third), place);
     const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
     const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
-    return _mm256_or_si256(load_pairs_of_bits(p),
-                           _mm256_and_si256(is_set, _mm256_set1_epi8(4)));
+    return _mm256_or_si256(load_pairs_of_bits(p), _mm256_and_si256(is_set, _mm256_set1_epi8(4)));
   }
   return _mm256_or_si256(load_nibbles(p), _mm256_slli_epi16(load_pairs_of_bits(p + 16), 4));
 }
@@ -171,8 +170,7 @@ VIVACE_INLINE Table<kBits> make_table(const F32x16* first, const F32x16* second)
 template <int kBits, bool kHalves>
 VIVACE_INLINE Pairs look_up(const Table<kBits>& table, CodeVector codes) {
 #if VIVACE_LEVEL >= 2
-  if constexpr (kBits == 6)
-    return {_mm512_permutex2var_epi16(table.at[0], codes, table.at[1])};
+  if constexpr (kBits == 6) return {_mm512_permutex2var_epi16(table.at[0], codes, table.at[1])};
   if constexpr (kHalves) {
     constexpr long long k16 = 0x0010001000100010;
     codes = _mm512_ternarylogic_epi32(codes, _mm512_setr_epi64(0, 0, 0, 0, k16, k16, k16, k16),
@@ -210,7 +208,8 @@ template <bool kIsE4m3>
 VIVACE_INLINE __m512i widen_words(__m512i words) {
   const __m512i high = _mm512_slli_epi16(words, 8);
   if constexpr (!kIsE4m3) return high;
-  return _mm512_and_si512(_mm512_srai_epi16(high, 1), _mm512_set1_epi16(static_cast<short>(0xbf80)));
+  return _mm512_and_si512(_mm512_srai_epi16(high, 1),
+                          _mm512_set1_epi16(static_cast<short>(0xbf80)));
 }
 #elif VIVACE_LEVEL == 1
 template <bool kIsE4m3>

@@ -159,11 +159,9 @@ template <class F, int NR>
 void multiply_rows(int MR, int K, const typename F::Weight* w, size_t w_stride, const char* x,
                    size_t x_stride, const float* bias, float* y, int64_t ldy, Ahead& next) {
   if constexpr (kRows >= 4)
-    if (MR == 4)
-      return multiply_tile<F, 4, NR>(K, w, w_stride, x, x_stride, bias, y, ldy, next);
+    if (MR == 4) return multiply_tile<F, 4, NR>(K, w, w_stride, x, x_stride, bias, y, ldy, next);
   if constexpr (kRows >= 3)
-    if (MR == 3)
-      return multiply_tile<F, 3, NR>(K, w, w_stride, x, x_stride, bias, y, ldy, next);
+    if (MR == 3) return multiply_tile<F, 3, NR>(K, w, w_stride, x, x_stride, bias, y, ldy, next);
   if (MR == 2) return multiply_tile<F, 2, NR>(K, w, w_stride, x, x_stride, bias, y, ldy, next);
   return multiply_tile<F, 1, NR>(K, w, w_stride, x, x_stride, bias, y, ldy, next);
 }

@@ -169,7 +169,7 @@ class Codebook:
     ) -> np.ndarray:
         """Rows [N, bytes] of a table [N, 2^bits], codes [N, K] and outliers at columns [N, n]."""
         parts = (
-            table.astype(ml_dtypes.bfloat16).view(np.uint8),
+            np.ascontiguousarray(table.astype(ml_dtypes.bfloat16)).view(np.uint8),
             pack_codes(codes, self.bits),
             np.ascontiguousarray(columns.astype(np.uint16)).view(np.uint8),
             np.ascontiguousarray(outliers.astype(ml_dtypes.bfloat16)).view(np.uint8),

@@ -7,7 +7,6 @@ the order of float32 sums.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ class Grid:
 
     def num_outliers(self, in_features: int) -> int:
         """Of a row."""
-        return math.ceil(self.outlier_share * in_features)
+        return int(self.outlier_share * in_features)
 
     def bits_per_weight(self, in_features: int) -> float:
         """Exactly what a matrix with rows of `in_features` weights takes, scales included."""

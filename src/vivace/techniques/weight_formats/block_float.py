@@ -9,7 +9,8 @@ from vivace.registry import TechniqueInfo
 from vivace.techniques.weight_formats._groupwise import GroupwiseFormat, ScaleType
 
 INFO = TechniqueInfo(
-    summary="blocks of signed mantissas with a shared 8-bit exponent, 8-bit inputs", papers=("P335",)
+    summary="blocks of signed mantissas with a shared 8-bit exponent, 8-bit inputs",
+    papers=("P335",),
 )
 
 

@@ -89,15 +89,18 @@ class Table(WeightFormat):
         )
         values = np.asarray(config.values, np.float32)
         if len(values) and not (
-            len(values) in (8, 16, 64) and np.isfinite(values).all() and values.min() < 0 < values.max()
+            len(values) in (8, 16, 64)
+            and np.isfinite(values).all()
+            and values.min() < 0 < values.max()
         ):
             raise InvalidOption(
-                f"option 'values' has {len(values)} numbers: expected 8, 16 or 64 finite ones, some "
-                "of them below and some above zero"
+                f"option 'values' has {len(values)} numbers: expected 8, 16 or 64 finite ones, "
+                "some of them below and some above zero"
             )
         if self.kernel.group_size == 16 and (self.kernel.bits > 4 or self.kernel.is_signed):
             raise InvalidOption(
-                f"option 'group_size' of preset '{config.preset}' is 16: expected 32, 64, 128 or 'row'"
+                f"option 'group_size' of preset '{config.preset}' is 16: expected 32, 64, 128 or "
+                "'row'"
             )
 
     @property
@@ -173,6 +176,7 @@ def quantize(
         else:
             scales = scales[..., None]
         scaled = np.where(scales == 0, np.float32(0), groups / scales)
+        scaled = np.where(np.isinf(groups), groups, scaled)  # stays on its side
         codes = _nearest(np.clip(scaled, bottom, top), kernel)
     return codes.reshape(num_rows, num_columns), stored.reshape(num_rows, -1)
 
