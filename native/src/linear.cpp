@@ -40,15 +40,10 @@ Cut cut(const LinearJob& job, const LinearPart& part) {
   Cut cut;
   if (job.M < kManyRows) {
     // A multiple of what every kernel takes at once.
-<<<<<<< HEAD
     const int32_t tile =
         unit_outputs(part.format) == 1 ? (job.M <= 3 ? 8 : 6) : kPanelOutputs;
     const size_t unit = unit_bytes(part.format, job.K) * (job.is_paired ? 2 : 1);
     const size_t row = std::max<size_t>(1, unit / unit_outputs(part.format));
-=======
-    const int32_t tile = unit_outputs(part.format) == 1 ? (M <= 3 ? 8 : 6) : kPanelOutputs;
-    const size_t row = std::max<size_t>(1, unit_bytes(part.format, K) / unit_outputs(part.format));
->>>>>>> 95d915a (Tables and codebooks: tests, GGUF's other blocks in place as bfloat16, papers)
     const auto outputs = static_cast<int32_t>(std::min<size_t>(kStreamItemBytes / row, 4096));
     cut.item_outputs = std::max(outputs / tile * tile, tile);
     cut.item_rows = std::max(job.M, 1);

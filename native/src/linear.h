@@ -74,13 +74,8 @@ struct LinearItem {
   int32_t M;
   float* y;
   int64_t ldy;
-<<<<<<< HEAD
   char* scratch;     // scratch_bytes(), aligned to 64
   const void* next;  // where this thread will probably read weights after that, or null: a hint
-=======
-  const void* next;   // where this thread will probably read weights after that, or null: a hint
-  uint16_t* scratch;  // of this thread: [kScratchOutputs][scratch_stride(K)] if is_decoded()
->>>>>>> 95d915a (Tables and codebooks: tests, GGUF's other blocks in place as bfloat16, papers)
 };
 
 // What a thread needs to multiply many rows with a matrix of a format.

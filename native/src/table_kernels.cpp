@@ -48,14 +48,16 @@ constexpr E4m3Values kE4m3 = [] {
   return values;
 }();
 
-// What decodes steps of a row: `values` of the table, or null; scales of blocks one after another.
+// Steps of a row, or of several that lie `row_bytes` apart.
 struct Source {
-  const float* values;
-  const float* scales;
+  const float* values;   // of the table
+  const float* scales;   // one block's after the other's; those of rows are kRowScales apart
   const uint8_t* codes;  // of the first step
   size_t block_bytes;    // from one block's codes to the next one's
+  size_t row_bytes;
 };
-using DecodeSteps = void (*)(const Source& source, int steps, uint16_t* out);
+constexpr int kRowScales = 2 * kChunkSteps;
+
 // Scales of `count` blocks from `p` on, `stride` bytes apart; `row` is where the row begins.
 using ReadScales = void (*)(const uint8_t* row, const uint8_t* p, size_t stride, int count,
                             float* scales);
@@ -111,82 +113,129 @@ ReadScales choose_scales(TableScale type) {
 
 // ---------------------------------------------------------------- decoding
 
-// table = make(scales) for each block of kSteps steps, or for all steps if 0, and decode(codes,
-// table) for each of its steps. A block has kScales scales.
-template <int kStepBytes, int kSteps, int kScales, class Make, class Decode>
-VIVACE_INLINE void for_steps(const Source& source, int steps, uint16_t* out, Make make,
-                             Decode decode) {
+// A codec prepares a block of kSteps steps (0: all of a row) that share kScales scales, then
+// decodes its steps.
+template <int kBits, int kBlockSteps, bool kHalves, bool kIsSigned>
+struct TableCodec {
+  static constexpr int kStepBytes = 4 * kBits, kSteps = kBlockSteps;
+  static constexpr int kScales = kHalves || kIsSigned ? 2 : 1;
+  static constexpr int kVectors = Table<kBits>::kVectors;
+  using Block = Table<kBits>;
+  F32x16 values[kVectors];
+
+  VIVACE_MEMBER explicit TableCodec(const float* from) {
+    VIVACE_UNROLL
+    for (int i = 0; i < kVectors; ++i) values[i] = load(from + 16 * i);
+  }
+
+  VIVACE_MEMBER Block block(const float* scales) const {
+    const F32x16 scale = set1(scales[0]);
+    F32x16 first[kVectors], second[kVectors];
+    VIVACE_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      if constexpr (kIsSigned)
+        first[i] = mul(values[i], select(less(values[i], zero()), set1(scales[1]), scale));
+      else
+        first[i] = mul(values[i], scale);
+      if constexpr (kHalves) second[i] = mul(values[i], set1(scales[1]));
+    }
+    return make_table<kBits>(first, kHalves ? second : first);
+  }
+
+  VIVACE_MEMBER Pairs step(const uint8_t* codes, const Block& table) const {
+    return look_up<kBits, kHalves>(table, load_codes<kBits>(codes));
+  }
+};
+
+template <bool kIsE4m3, int kBlockSteps>
+struct ByteCodec {
+  static constexpr int kStepBytes = 32, kSteps = kBlockSteps, kScales = 1;
+  using Block = float;
+
+  VIVACE_MEMBER explicit ByteCodec(const float*) {}
+  VIVACE_MEMBER Block block(const float* scales) const { return scales[0]; }
+  VIVACE_MEMBER Pairs step(const uint8_t* codes, Block scale) const {
+    return widen_bytes<kIsE4m3>(codes, scale);
+  }
+};
+
+template <class Codec>
+void decode_steps(const Source& source, int steps, uint16_t* out) {
+  constexpr int kStepBytes = Codec::kStepBytes, kSteps = Codec::kSteps;
+  const Codec codec(source.values);
   const uint8_t* codes = source.codes;
   if constexpr (kSteps == 0) {
-    const auto table = make(source.scales);
+    const auto block = codec.block(source.scales);
     for (int i = 0; i < steps; ++i)
-      store_pairs(out + 32 * i, decode(codes + kStepBytes * i, table));
+      store_pairs(out + 32 * i, codec.step(codes + kStepBytes * i, block));
   } else {
     const float* scales = source.scales;
-    const size_t block_bytes = source.block_bytes;
-    for (int i = 0; i < steps; i += kSteps, codes += block_bytes, scales += kScales) {
-      const auto table = make(scales);
+    for (int i = 0; i < steps; i += kSteps, codes += source.block_bytes, scales += Codec::kScales) {
+      const auto block = codec.block(scales);
       VIVACE_UNROLL
       for (int j = 0; j < kSteps; ++j)
-        store_pairs(out + 32 * (i + j), decode(codes + kStepBytes * j, table));
+        store_pairs(out + 32 * (i + j), codec.step(codes + kStepBytes * j, block));
     }
   }
 }
 
-template <int kBits, int kSteps, bool kHalves, bool kIsSigned>
-void decode_table(const Source& source, int steps, uint16_t* out) {
-  constexpr int kVectors = Table<kBits>::kVectors;
-  F32x16 values[kVectors];
-  Mask16 is_negative[kVectors];
-  VIVACE_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    values[i] = load(source.values + 16 * i);
-    is_negative[i] = less(values[i], zero());
+// Takes steps of one row of x and kWideOutputs rows, whose weights stay in registers.
+using OneSums = Sums<1, kWideOutputs>;
+template <class Codec>
+void multiply_steps(const Source& source, int steps, const uint16_t* x, OneSums& total) {
+  constexpr bool kIsRow = Codec::kSteps == 0;
+  constexpr int kStepBytes = Codec::kStepBytes, kSteps = kIsRow ? 1 : Codec::kSteps;
+  const Codec codec(source.values);
+  const size_t row_bytes = source.row_bytes, stride = kIsRow ? kStepBytes : source.block_bytes;
+  const uint8_t* codes = source.codes;
+  const float* scales = source.scales;
+  OneSums sums = total;
+  typename Codec::Block blocks[kWideOutputs];
+  if constexpr (kIsRow)
+    for (int n = 0; n < kWideOutputs; ++n) blocks[n] = codec.block(scales + n * kRowScales);
+  for (int i = 0; i < steps; i += kSteps, codes += stride, scales += Codec::kScales) {
+    VIVACE_UNROLL
+    for (int n = 0; n < kWideOutputs; ++n) {
+      if constexpr (!kIsRow) blocks[n] = codec.block(scales + n * kRowScales);
+      const uint8_t* at = codes + static_cast<size_t>(n) * row_bytes;
+      VIVACE_UNROLL
+      for (int j = 0; j < kSteps; ++j)
+        sums.at[0][n] = dot_bf16(sums.at[0][n], load_pairs(x + 32 * (i + j)),
+                                 codec.step(at + kStepBytes * j, blocks[n]));
+    }
   }
-  for_steps<4 * kBits, kSteps, kHalves || kIsSigned ? 2 : 1>(
-      source, steps, out,
-      [&](const float* scales) {
-        const F32x16 scale = set1(scales[0]);
-        F32x16 first[kVectors], second[kVectors];
-        VIVACE_UNROLL
-        for (int i = 0; i < kVectors; ++i) {
-          if constexpr (kIsSigned)
-            first[i] = mul(values[i], select(is_negative[i], set1(scales[1]), scale));
-          else
-            first[i] = mul(values[i], scale);
-          if constexpr (kHalves) second[i] = mul(values[i], set1(scales[1]));
-        }
-        return make_table<kBits>(first, kHalves ? second : first);
-      },
-      [](const uint8_t* codes, const Table<kBits>& table) {
-        return look_up<kBits, kHalves>(table, load_codes<kBits>(codes));
-      });
+  total = sums;
 }
 
-template <bool kIsE4m3, int kSteps>
-void decode_bytes(const Source& source, int steps, uint16_t* out) {
-  for_steps<32, kSteps, 1>(
-      source, steps, out, [](const float* scales) { return scales[0]; },
-      [](const uint8_t* codes, float scale) { return widen_bytes<kIsE4m3>(codes, scale); });
+struct StepKernels {
+  void (*decode)(const Source& source, int steps, uint16_t* out);
+  void (*multiply)(const Source& source, int steps, const uint16_t* x, OneSums& total);
+};
+constexpr bool kHasMultiplySteps = VIVACE_LEVEL >= 2;  // else there are too few registers
+template <class Codec>
+constexpr StepKernels kStepKernels = [] {
+  if constexpr (kHasMultiplySteps) return StepKernels{decode_steps<Codec>, multiply_steps<Codec>};
+  return StepKernels{decode_steps<Codec>, nullptr};
+}();
+
+template <int kBits, int kBlockSteps>
+StepKernels choose_codes(const Format& format) {
+  if constexpr (kBits < 6 && kBlockSteps == 1)
+    if (format.group == 16) return kStepKernels<TableCodec<kBits, 1, true, false>>;
+  if (format.is_signed) return kStepKernels<TableCodec<kBits, kBlockSteps, false, true>>;
+  return kStepKernels<TableCodec<kBits, kBlockSteps, false, false>>;
 }
 
-template <int kBits, int kSteps>
-DecodeSteps choose_codes(const Format& format) {
-  if constexpr (kBits < 6 && kSteps == 1)
-    if (format.group == 16) return decode_table<kBits, 1, true, false>;
-  if (format.is_signed) return decode_table<kBits, kSteps, false, true>;
-  return decode_table<kBits, kSteps, false, false>;
+template <int kBlockSteps>
+StepKernels choose_steps(const Format& format) {
+  if (format.bits == 3) return choose_codes<3, kBlockSteps>(format);
+  if (format.bits == 4) return choose_codes<4, kBlockSteps>(format);
+  if (format.bits == 6) return choose_codes<6, kBlockSteps>(format);
+  if (format.table == TableKind::e4m3) return kStepKernels<ByteCodec<true, kBlockSteps>>;
+  return kStepKernels<ByteCodec<false, kBlockSteps>>;
 }
 
-template <int kSteps>
-DecodeSteps choose_steps(const Format& format) {
-  if (format.bits == 3) return choose_codes<3, kSteps>(format);
-  if (format.bits == 4) return choose_codes<4, kSteps>(format);
-  if (format.bits == 6) return choose_codes<6, kSteps>(format);
-  return format.table == TableKind::e4m3 ? decode_bytes<true, kSteps> : decode_bytes<false, kSteps>;
-}
-
-DecodeSteps choose_decoder(const Format& format) {
+StepKernels choose_kernels(const Format& format) {
   if (format.group == 0) return choose_steps<0>(format);
   if (format.group <= 32) return choose_steps<1>(format);
   return format.group == 64 ? choose_steps<2>(format) : choose_steps<4>(format);
@@ -217,7 +266,7 @@ class RowDecoder {
                            : kChunkSteps / layout_.block_steps * layout_.block_bytes;
     read_scales_ = layout_.block_scales == 1 ? choose_scales<1>(format.table_scale)
                                              : choose_scales<2>(format.table_scale);
-    decode_steps_ = choose_decoder(format);
+    steps_ = choose_kernels(format);
   }
 
   size_t row_bytes() const { return layout_.bytes; }
@@ -242,6 +291,22 @@ class RowDecoder {
     return finite;
   }
 
+  // Whether multiply_chunk() can be used: nothing but codes in whole steps.
+  bool multiplies() const {
+    return kHasMultiplySteps && format_.storage == Storage::table &&
+           format_.table != TableKind::per_row && K_ % kStepInputs == 0;
+  }
+
+  // Takes count(first) weights of kWideOutputs rows.
+  void multiply_chunk(const uint8_t* row, int first, const uint16_t* x, OneSums& sums) const {
+    const int steps = count(first) / kStepInputs;
+    float scales[kWideOutputs * kRowScales];
+    for (int n = 0; n < kWideOutputs; ++n)
+      read_chunk_scales(row + static_cast<size_t>(n) * layout_.bytes, first, steps,
+                        scales + n * kRowScales);
+    steps_.multiply(source(row, first, format_.values, scales), steps, x + first, sums);
+  }
+
   // Decodes count(first) weights; those past the end of the row are zero.
   void decode(const uint8_t* row, int first, uint16_t* out) const {
     if (format_.storage == Storage::blocks) {
@@ -259,20 +324,29 @@ class RowDecoder {
  private:
   const BlockFormat& block() const { return block_kernels.formats[format_.block]; }
 
+  const uint8_t* chunk_at(const uint8_t* row, int first) const {
+    return row + layout_.blocks_at + static_cast<size_t>(first / kChunk) * chunk_bytes_;
+  }
+
+  void read_chunk_scales(const uint8_t* row, int first, int steps, float* scales) const {
+    const uint8_t* at = is_row_ ? row + layout_.blocks_at : chunk_at(row, first);
+    read_scales_(row, at, layout_.block_bytes, is_row_ ? 1 : steps / layout_.block_steps, scales);
+  }
+
+  Source source(const uint8_t* row, int first, const float* values, const float* scales) const {
+    const uint8_t* codes = chunk_at(row, first) + layout_.codes_in_block;
+    return {values, scales, codes, layout_.block_bytes, layout_.bytes};
+  }
+
   void decode_chunk(const uint8_t* row, int first, uint16_t* out) const {
     const int steps = count(first) / kStepInputs;
-    const uint8_t* chunk = row + layout_.blocks_at + first / kChunk * chunk_bytes_;
-    const uint8_t* block = is_row_ ? row + layout_.blocks_at : chunk;
-    const int blocks = is_row_ ? 1 : steps / layout_.block_steps;
-    float scales[2 * kChunkSteps];
-    read_scales_(row, block, layout_.block_bytes, blocks, scales);
-    float own[16];
+    float scales[kRowScales], own[16];
+    read_chunk_scales(row, first, steps, scales);
     if (format_.table == TableKind::per_row)
       for (int i = 0; i < 16; ++i)
         own[i] = i < 1 << format_.bits ? bf16_to_float(read_as<uint16_t>(row + 2 * i)) : 0.0f;
     const float* values = format_.table == TableKind::per_row ? own : format_.values;
-    decode_steps_({values, scales, chunk + layout_.codes_in_block, layout_.block_bytes}, steps,
-                  out);
+    steps_.decode(source(row, first, values, scales), steps, out);
   }
 
   const Format& format_;
@@ -281,7 +355,7 @@ class RowDecoder {
   bool is_row_ = false;  // one scale a row
   size_t chunk_bytes_ = 0;
   ReadScales read_scales_ = nullptr;
-  DecodeSteps decode_steps_ = nullptr;
+  StepKernels steps_{};
 };
 
 // ---------------------------------------------------------------- products
@@ -292,6 +366,22 @@ VIVACE_INLINE void prefetch(const uint8_t* p, size_t bytes) {
 
 Ahead no_ahead() {
   return {nullptr, 0, 1, INT32_MAX};
+}
+
+// Outputs [n, n + kWideOutputs) for one row; `next` is where the following tile begins, or null.
+void multiply_one(const RowDecoder& decoder, const LinearItem& item, int n, const uint8_t* next) {
+  const size_t stride = decoder.row_bytes();
+  const auto* w = static_cast<const uint8_t*>(item.weight) + static_cast<size_t>(n) * stride;
+  OneSums sums;
+  clear(sums);
+  for (int k = 0; k < item.K; k += kChunk) {
+    const bool is_last = k + kChunk >= item.K;
+    const uint8_t* following = is_last ? next : w + (k / kChunk + 1) * decoder.chunk_bytes();
+    for (int i = 0; i < kWideOutputs && following != nullptr; ++i)
+      prefetch(following + static_cast<size_t>(i) * stride, decoder.chunk_bytes());
+    decoder.multiply_chunk(w, k, static_cast<const uint16_t*>(item.x), sums);
+  }
+  finish(sums, item.bias == nullptr ? nullptr : item.bias + n, item.y + n, item.ldy);
 }
 
 // Outputs [n, n + NR) for MR rows; `next` is where the following tile begins, or null.
@@ -320,19 +410,19 @@ void multiply_few(const RowDecoder& decoder, const LinearItem& item, int n, cons
 
 template <int NR>
 void multiply_many(const RowDecoder& decoder, const LinearItem& item, int n, const uint8_t* next) {
-  const size_t row_bytes = decoder.row_bytes(), stride = scratch_stride(item.K);
+  const size_t row_bytes = decoder.row_bytes(), stride = decoded_stride(item.K);
+  auto* decoded = reinterpret_cast<uint16_t*>(item.scratch);
   const auto* w = static_cast<const uint8_t*>(item.weight) + static_cast<size_t>(n) * row_bytes;
   for (int i = 0; i < NR; ++i) {
     const size_t at = static_cast<size_t>(i) * row_bytes;
     if (next != nullptr) prefetch(next + at, row_bytes);
-    for (int k = 0; k < item.K; k += kChunk)
-      decoder.decode(w + at, k, item.scratch + i * stride + k);
+    for (int k = 0; k < item.K; k += kChunk) decoder.decode(w + at, k, decoded + i * stride + k);
   }
   const int padded = static_cast<int>(stride) - 32, tiles = (item.M + kRows - 1) / kRows;
   Ahead ahead = no_ahead();
   for (int m = 0, tile = 0; tile < tiles; ++tile) {
     const int count = (item.M - m) / (tiles - tile);  // even shares
-    multiply_rows<Bfloat16, NR>(count, padded, item.scratch, stride,
+    multiply_rows<Bfloat16, NR>(count, padded, decoded, stride,
                                 static_cast<const char*>(item.x) + m * item.x_stride, item.x_stride,
                                 item.bias == nullptr ? nullptr : item.bias + n,
                                 item.y + m * item.ldy + n, item.ldy, ahead);
@@ -344,6 +434,8 @@ template <int NR>
 void multiply_outputs(const RowDecoder& decoder, const LinearItem& item, int n,
                       const uint8_t* next) {
   if (item.M > kRows) return multiply_many<NR>(decoder, item, n, next);
+  if constexpr (NR == kWideOutputs)
+    if (item.M == 1 && decoder.multiplies()) return multiply_one(decoder, item, n, next);
   if constexpr (kRows >= 4)
     if (item.M == 4) return multiply_few<4, NR>(decoder, item, n, next);
   if (item.M == 3) return multiply_few<3, NR>(decoder, item, n, next);

@@ -86,6 +86,17 @@ def test_scales_of_nvfp4_share_a_factor_of_the_matrix() -> None:
     assert table("nvfp4").dequant(packed)[3, 7] == -60
 
 
+def test_a_matrix_of_denormals_is_zero() -> None:
+    weight = normal(8, 64) * np.float32(1e-36)
+    for preset in ("nf4", "nvfp4", "fp8"):
+        packed = table(preset, scale_type="e4m3" if preset == "nvfp4" else "float32").pack(weight)
+        decoded = table(preset).dequant(packed)
+        linear = _native.Linear([(packed, None)], "", 1)
+        rows = np.concatenate([linear.row(index) for index in range(8)])
+        np.testing.assert_array_equal(rows, decoded)
+    assert not table("nvfp4").dequant(table("nvfp4").pack(weight)).any()
+
+
 def test_afpq_scales_each_sign_by_its_own_extreme() -> None:
     weight = np.linspace(-3, 12, 32, dtype=np.float32)[None]
     packed = table("afpq4").pack(weight)

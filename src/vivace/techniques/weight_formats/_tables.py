@@ -120,7 +120,7 @@ class TableKernel:
         if self.scale_type == "e8m0":
             return (stored.astype(np.uint32) << 23).view(np.float32)
         scales = stored.astype(np.float32)
-        return flush(scales * factor) if self.has_factor else flush(scales)
+        return flush(scales * flush(factor)) if self.has_factor else flush(scales)
 
     def decode(self, data: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """The weights [out, in] float32."""

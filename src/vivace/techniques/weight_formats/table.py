@@ -9,7 +9,7 @@ import numpy as np
 
 from vivace.errors import BadFile, InvalidOption
 from vivace.registry import TechniqueInfo
-from vivace.techniques.weight_formats._tables import FLOAT_TYPES, STEP, TableKernel
+from vivace.techniques.weight_formats._tables import FLOAT_TYPES, STEP, TableKernel, flush
 from vivace.techniques.weight_formats.base import Grid, Matrix, Packed, WeightFormat
 
 INFO = TechniqueInfo(
@@ -26,7 +26,7 @@ _BNB_FP4 = (  # bitsandbytes' own: no E2M1
     "-0,-0.0052083335,-0.6666667,-1,-0.33333334,-0.5,-0.16666667,-0.25"
 )
 # Values, weights that share a scale, its type, and whether those below zero have one of their own.
-_PRESETS = {
+PRESETS = {
     "nf4": TableKernel(_NF4, 64, "float16"),
     "bnb_fp4": TableKernel(_BNB_FP4, 64, "float16"),
     "iq4_nl": TableKernel(_IQ4_NL, 32, "float16"),
@@ -79,7 +79,7 @@ class Table(WeightFormat):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        preset = _PRESETS[config.preset]
+        preset = PRESETS[config.preset]
         group_size = preset.group_size if config.group_size is None else config.group_size
         self.kernel = TableKernel(
             ",".join(str(np.float32(value)) for value in config.values) or preset.values,
@@ -189,7 +189,7 @@ def _round_scales(
     NaN or infinity stay what they are.
     """
     if kernel.has_factor:
-        ratio = np.where(factor == 0, np.float32(0), wanted / factor)
+        ratio = np.where(flush(factor) == 0, np.float32(0), wanted / factor)
         return np.minimum(ratio, _LARGEST_E4M3).astype(kernel.scale_dtype)  # above by rounding only
     if kernel.scale_type != "e8m0":
         return wanted.astype(kernel.scale_dtype)
