@@ -32,8 +32,12 @@ def configurations() -> list[dict[str, Any]]:
         from vivace.techniques.weight_formats.table import PRESETS
 
         found += [{"name": "table", "preset": preset} for preset in PRESETS]
-    found += [{"name": name, "group_size": size} for name in GROUPWISE for size in (32, 64, 128)]
-    found += [{"name": name, "group_size": 64, "symmetric": False} for name in GROUPWISE[1:]]
+    found += [
+        {"name": name, "group_size": size} for name in GROUPWISE for size in (32, 64, 128)
+    ]
+    found += [
+        {"name": name, "group_size": 64, "symmetric": False} for name in GROUPWISE[1:]
+    ]
     unique = {label(config): config for config in found}
     return list(unique.values())
 
@@ -76,11 +80,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
             continue
         axis.plot(values["bits_per_weight"], values["text"]["kl_mean"], "o", markersize=4)
         axis.annotate(
-            name,
-            (values["bits_per_weight"], values["text"]["kl_mean"]),
-            fontsize=6,
-            xytext=(3, 2),
-            textcoords="offset points",
+            name, (values["bits_per_weight"], values["text"]["kl_mean"]), fontsize=6,
+            xytext=(3, 2), textcoords="offset points",
         )
     axis.set_xscale("log", base=2)
     axis.set_xticks([2, 3, 4, 5, 6, 8, 16], ["2", "3", "4", "5", "6", "8", "16"])
@@ -102,14 +103,10 @@ def main() -> None:
     for config in configurations():
         logits, bits = measure(config, sequences)
         values: dict[str, Any] = {"config": config, "bits_per_weight": bits}
-        values |= {
-            part: differences(truth[chosen], logits[chosen]) for part, chosen in rows.items()
-        }
+        values |= {part: differences(truth[chosen], logits[chosen]) for part, chosen in rows.items()}
         values["perplexity"] = perplexity(logits, sequences, rows["text"])
         formats[label(config)] = values
-        print(
-            f"{label(config):32} {bits:6.3f} bits  KL {values['text']['kl_mean']:.2e}", flush=True
-        )
+        print(f"{label(config):32} {bits:6.3f} bits  KL {values['text']['kl_mean']:.2e}", flush=True)
     command = "python -m benchmarks.formats " + " ".join(sys.argv[1:])
     num_rows = {name: int(chosen.sum()) for name, chosen in rows.items()}
     results = {"command": command.strip(), "machine": machine(), "rows": num_rows} | {

@@ -40,8 +40,8 @@ Cut cut(const LinearJob& job, const LinearPart& part) {
   Cut cut;
   if (job.M < kManyRows) {
     // A multiple of what every kernel takes at once.
-    const int32_t tile =
-        unit_outputs(part.format) == 1 ? (job.M <= 3 ? 8 : 6) : kPanelOutputs;
+    const bool is_row_major = unit_outputs(part.format) == 1;
+    const int32_t tile = is_row_major ? (job.M <= 3 ? 8 : 6) : kPanelOutputs;
     const size_t unit = unit_bytes(part.format, job.K) * (job.is_paired ? 2 : 1);
     const size_t row = std::max<size_t>(1, unit / unit_outputs(part.format));
     const auto outputs = static_cast<int32_t>(std::min<size_t>(kStreamItemBytes / row, 4096));
