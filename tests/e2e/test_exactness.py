@@ -25,11 +25,15 @@ WHOLE_NUMBERS = {
     "llama int3": (random_llama, {"name": "int3", "group_size": 64, "symmetric": False}),
     "mixture int8": (random_mixture, {"name": "int8"}),
 }
+COMPRESSED = {
+    "llama mxfp4": (random_llama, {"name": "table", "preset": "mxfp4"}),
+    "mixture codebook": (random_mixture, {"name": "codebook"}),
+}
 MODELS = {
     f"{name} {dtype}": (make, {"name": dtype})
     for name, make in {"llama": random_llama, "mixture": random_mixture}.items()
     for dtype in ("float32", "bfloat16")
-} | WHOLE_NUMBERS
+} | WHOLE_NUMBERS | COMPRESSED
 
 
 class RecordingSampler(NativeSampler):

@@ -30,7 +30,7 @@ _BITS = {8: 3, 16: 4, 64: 6, 256: 8}
 _TINY = np.float32(2.0**-126)  # magnitudes below are zero in native code
 
 
-def flush(x: np.ndarray) -> np.ndarray:
+def flush(x: Any) -> np.ndarray:
     """Float32 without denormals, as native code has them."""
     return np.where(np.abs(x) < _TINY, np.copysign(np.float32(0), x), x)
 
