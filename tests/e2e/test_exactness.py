@@ -71,7 +71,7 @@ class Setup:
         make, weight_format = MODELS[model]
         is_bfloat16 = weight_format["name"] == "bfloat16"
         dtype = "bfloat16" if is_bfloat16 else "float32"
-        sizes = {"intermediate_size": 128} if model in WHOLE_NUMBERS else {}
+        sizes = {"intermediate_size": 128} if model in WHOLE_NUMBERS | COMPRESSED else {}
         graph, weights = make(dtype, max_position_embeddings=2048, **sizes)
         groups = tuple(replace(group, window=window) for group in graph.groups)
         graph = replace(graph, groups=groups)
