@@ -599,7 +599,14 @@ VIVACE_INLINE Pairs load_pairs_first(const uint16_t* p, int n) {
 }
 
 VIVACE_INLINE void store_pairs(uint16_t* p, Pairs x) {
-  __builtin_memcpy(p, &x, 64);
+#if VIVACE_LEVEL >= 2
+  _mm512_storeu_si512(p, x.v);
+#elif VIVACE_LEVEL == 1
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), x.hi);
+#else
+  __builtin_memcpy(p, &x.v, 64);
+#endif
 }
 
 // 32 elements rounded as store_bf16 does.
