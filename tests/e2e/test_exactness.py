@@ -29,11 +29,15 @@ COMPRESSED = {
     "llama mxfp4": (random_llama, {"name": "table", "preset": "mxfp4"}),
     "mixture codebook": (random_mixture, {"name": "codebook"}),
 }
-MODELS = {
-    f"{name} {dtype}": (make, {"name": dtype})
-    for name, make in {"llama": random_llama, "mixture": random_mixture}.items()
-    for dtype in ("float32", "bfloat16")
-} | WHOLE_NUMBERS | COMPRESSED
+MODELS = (
+    {
+        f"{name} {dtype}": (make, {"name": dtype})
+        for name, make in {"llama": random_llama, "mixture": random_mixture}.items()
+        for dtype in ("float32", "bfloat16")
+    }
+    | WHOLE_NUMBERS
+    | COMPRESSED
+)
 
 
 class RecordingSampler(NativeSampler):
