@@ -224,9 +224,10 @@ bool is_finite(const Kernels& kernels, Pool& pool, const PackedMatrix& matrix) {
   std::atomic<bool> finite = true;
   pool.for_rows(num_units, per_item, [&](int64_t index, int) {
     const uint8_t* at = matrix.raw.data() + static_cast<size_t>(index) * bytes;
-    if (is_float(format) ? !kernels.ops->is_finite(format.storage, at, matrix.K)
-                         : !has_finite_scales(format, matrix.K, at))
-      finite = false;
+    const bool holds = is_float(format)     ? kernels.ops->is_finite(format.storage, at, matrix.K)
+                       : is_decoded(format) ? kernels.table->is_finite(format, matrix.K, at)
+                                            : has_finite_scales(format, matrix.K, at);
+    if (!holds) finite = false;
   });
   return finite;
 }

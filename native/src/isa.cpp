@@ -16,6 +16,7 @@ namespace vivace {
   namespace isa {                                  \
   extern const LinearKernels linear_kernels;       \
   extern const IntegerKernels integer_kernels;     \
+  extern const TableKernels table_kernels;         \
   extern const OpKernels op_kernels;               \
   extern const AttentionKernels attention_kernels; \
   extern const BlockKernels block_kernels;         \
@@ -26,6 +27,7 @@ namespace vivace {
    #isa,                    \
    &isa::linear_kernels,    \
    &isa::integer_kernels,   \
+   &isa::table_kernels,     \
    &isa::op_kernels,        \
    &isa::attention_kernels, \
    &isa::block_kernels,     \

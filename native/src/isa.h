@@ -8,6 +8,7 @@ inline constexpr int kNumIsas = 5;
 
 struct LinearKernels;
 struct IntegerKernels;
+struct TableKernels;
 struct OpKernels;
 struct AttentionKernels;
 struct BlockKernels;
@@ -20,6 +21,7 @@ struct Kernels {
   const char* name;
   const LinearKernels* linear;
   const IntegerKernels* integer;
+  const TableKernels* table;
   const OpKernels* ops;
   const AttentionKernels* attention;
   const BlockKernels* blocks;

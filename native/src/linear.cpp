@@ -41,7 +41,8 @@ Cut cut(const LinearJob& job, const LinearPart& part) {
   Cut cut;
   if (job.M < kManyRows) {
     // A multiple of what every kernel takes at once.
-    const int32_t tile = is_float(part.format) ? (job.M <= 3 ? 8 : 6) : 4 * kPanelOutputs;
+    const bool is_row_major = unit_outputs(part.format) == 1;
+    const int32_t tile = is_row_major ? (job.M <= 3 ? 8 : 6) : 4 * kPanelOutputs;
     const size_t unit = unit_bytes(part.format, job.K) * (job.is_paired ? 2 : 1);
     const size_t row = std::max<size_t>(1, unit / unit_outputs(part.format));
     const auto outputs = static_cast<int32_t>(std::min<size_t>(kStreamItemBytes / row, 4096));
@@ -49,10 +50,10 @@ Cut cut(const LinearJob& job, const LinearPart& part) {
     cut.item_rows = std::max(job.M, 1);
   } else {
     int32_t most = kMaxBlockRows;
-    if (!is_float(part.format))
+    if (unit_outputs(part.format) > 1)
       most = std::clamp(static_cast<int32_t>(kBlockBytes / job.x_stride) / 8 * 8, 32, most);
     const int32_t wanted = (job.M + most - 1) / most;
-    cut.item_outputs = is_float(part.format) ? kItemOutputs : kItemCodes;
+    cut.item_outputs = unit_outputs(part.format) == 1 ? kItemOutputs : kItemCodes;
     cut.item_rows = round_up((job.M + wanted - 1) / wanted, 8);
   }
   if (job.align > 1)
@@ -93,6 +94,8 @@ void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& pa
   work.next = ahead + kPanelOutputs > part.rows ? nullptr : address(ahead);
   if (is_float(format))
     kernels.linear->multiply(format, work);
+  else if (is_decoded(format))
+    kernels.table->multiply(format, work);
   else
     kernels.integer->multiply(format, work);
 }
@@ -124,6 +127,7 @@ void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int th
 }  // namespace
 
 size_t scratch_bytes(const Format& format, int32_t K) {
+  if (is_decoded(format)) return kDecodedOutputs * decoded_stride(K) * sizeof(uint16_t);
   if (is_float(format) || format.storage == Storage::codes) return 0;
   // A byte for each of 16 outputs, and a float32 scale and minimum for each group.
   const size_t codes = static_cast<size_t>(K) * kPanelOutputs;
@@ -145,6 +149,8 @@ void read_row(const Kernels& kernels, const Format& format, int32_t K, const voi
       static_cast<const char*>(matrix) + static_cast<size_t>(row / outputs) * unit_bytes(format, K);
   if (is_float(format))
     kernels.ops->widen(format.storage, unit, factor, y, K);
+  else if (is_decoded(format))
+    kernels.table->read_row(format, K, unit, factor, y);
   else
     kernels.integer->read_row(format, K, unit, static_cast<int>(row % outputs), factor, y);
 }

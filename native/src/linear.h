@@ -81,6 +81,12 @@ struct LinearItem {
 // What a thread needs to multiply many rows with a matrix of a format.
 size_t scratch_bytes(const Format& format, int32_t K);
 
+constexpr int kDecodedOutputs = 8;  // that lie decoded in scratch at once
+// Elements from one to the next: whole steps, and no power of two.
+constexpr size_t decoded_stride(int32_t K) {
+  return (static_cast<size_t>(K) + 31) / 32 * 32 + 32;
+}
+
 // ---- tables per instruction set
 
 struct LinearKernels {  // of float formats, defined in linear_kernels.cpp
@@ -92,6 +98,14 @@ struct LinearKernels {  // of float formats, defined in linear_kernels.cpp
   // it.
   uint64_t (*read)(int variant, const void* data, size_t bytes);
   int num_read_variants;
+};
+
+struct TableKernels {  // of formats that are decoded to bfloat16, defined in table_kernels.cpp
+  void (*multiply)(const Format& format, const LinearItem& item);
+  // A row, times `factor`.
+  void (*read_row)(const Format& format, int32_t K, const void* row, float factor, float* y);
+  // False if a weight of a row is NaN or infinite.
+  bool (*is_finite)(const Format& format, int32_t K, const void* row);
 };
 
 struct IntegerKernels {  // of all others, defined in integer_kernels.cpp

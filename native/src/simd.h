@@ -239,21 +239,46 @@ VIVACE_INLINE F32x16 load_f16_first(const uint16_t* p, int n) {
   return load_f16(buffer);
 }
 
-VIVACE_INLINE void store_bf16(uint16_t* p, F32x16 x) {
+#if VIVACE_LEVEL == 1
+// float_to_bf16 of 8 lanes, each in 32 bits.
+VIVACE_INLINE __m256i round_to_bf16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x), exponent = _mm256_set1_epi32(0x7f800000);
+  const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lsb);
+  const __m256i tiny = _mm256_cmpeq_epi32(_mm256_and_si256(bits, exponent), _mm256_setzero_si256());
+  sum = _mm256_blendv_epi8(sum, _mm256_and_si256(bits, _mm256_set1_epi32(INT32_MIN)), tiny);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  sum = _mm256_blendv_epi8(sum, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+  return _mm256_srli_epi32(sum, 16);
+}
+
+#endif
+
+#if VIVACE_LEVEL > 0
+// 16 bfloat16 as float_to_bf16 rounds them.
+VIVACE_INLINE __m256i round_to_bf16(F32x16 x) {
 #if VIVACE_LEVEL >= 4
-  __m256bh rounded = _mm512_cvtneps_pbh(x.v);
-  __builtin_memcpy(p, &rounded, 32);
-#elif VIVACE_LEVEL == 2
-  __m512i bits = _mm512_castps_si512(x.v);
-  __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lsb);
+  return __builtin_bit_cast(__m256i, _mm512_cvtneps_pbh(x.v));
+#elif VIVACE_LEVEL >= 2
+  const __m512i bits = _mm512_castps_si512(x.v), top = _mm512_srli_epi32(bits, 16);
+  const __m512i lsb = _mm512_and_si512(top, _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lsb);
   __m512i high = _mm512_srli_epi32(sum, 16);
-  __m512i top = _mm512_srli_epi32(bits, 16);
-  __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  __mmask16 tiny = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x7f800000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __mmask16 tiny = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x7f800000));
   high = _mm512_mask_or_epi32(high, nan, top, _mm512_set1_epi32(0x40));
   high = _mm512_mask_and_epi32(high, tiny, top, _mm512_set1_epi32(0x8000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+  return _mm512_cvtepi32_epi16(high);
+#else
+  const __m256i words = _mm256_packus_epi32(round_to_bf16(x.lo), round_to_bf16(x.hi));
+  return _mm256_permute4x64_epi64(words, 0xd8);
+#endif
+}
+#endif
+
+VIVACE_INLINE void store_bf16(uint16_t* p, F32x16 x) {
+#if VIVACE_LEVEL > 0
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bf16(x));
 #else
   float buffer[16];
   store(buffer, x);
@@ -611,6 +636,34 @@ VIVACE_INLINE Pairs load_pairs_first(const uint16_t* p, int n) {
   uint16_t buffer[32] = {};
   for (int i = 0; i < n; ++i) __builtin_memcpy(buffer + i, p + i, 2);
   return load_pairs(buffer);
+}
+
+VIVACE_INLINE void store_pairs(uint16_t* p, Pairs x) {
+#if VIVACE_LEVEL >= 2
+  _mm512_storeu_si512(p, x.v);
+#elif VIVACE_LEVEL == 1
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), x.hi);
+#else
+  __builtin_memcpy(p, &x.v, 64);
+#endif
+}
+
+// 32 elements rounded as store_bf16 does.
+VIVACE_INLINE Pairs to_pairs(F32x16 first, F32x16 second) {
+#if VIVACE_LEVEL >= 4
+  return {__builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(second.v, first.v))};
+#elif VIVACE_LEVEL >= 2
+  return {
+      _mm512_inserti64x4(_mm512_castsi256_si512(round_to_bf16(first)), round_to_bf16(second), 1)};
+#elif VIVACE_LEVEL == 1
+  return {round_to_bf16(first), round_to_bf16(second)};
+#else
+  uint16_t rounded[32];
+  store_bf16(rounded, first);
+  store_bf16(rounded + 16, second);
+  return load_pairs(rounded);
+#endif
 }
 
 VIVACE_INLINE F32x16 odd_elements(Pairs a) {

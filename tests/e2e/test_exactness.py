@@ -25,11 +25,19 @@ WHOLE_NUMBERS = {
     "llama int3": (random_llama, {"name": "int3", "group_size": 64, "symmetric": False}),
     "mixture int8": (random_mixture, {"name": "int8"}),
 }
-MODELS = {
-    f"{name} {dtype}": (make, {"name": dtype})
-    for name, make in {"llama": random_llama, "mixture": random_mixture}.items()
-    for dtype in ("float32", "bfloat16")
-} | WHOLE_NUMBERS
+COMPRESSED = {
+    "llama mxfp4": (random_llama, {"name": "table", "preset": "mxfp4"}),
+    "mixture codebook": (random_mixture, {"name": "codebook"}),
+}
+MODELS = (
+    {
+        f"{name} {dtype}": (make, {"name": dtype})
+        for name, make in {"llama": random_llama, "mixture": random_mixture}.items()
+        for dtype in ("float32", "bfloat16")
+    }
+    | WHOLE_NUMBERS
+    | COMPRESSED
+)
 
 
 class RecordingSampler(NativeSampler):
@@ -67,7 +75,7 @@ class Setup:
         make, weight_format = MODELS[model]
         is_bfloat16 = weight_format["name"] == "bfloat16"
         dtype = "bfloat16" if is_bfloat16 else "float32"
-        sizes = {"intermediate_size": 128} if model in WHOLE_NUMBERS else {}
+        sizes = {"intermediate_size": 128} if model in WHOLE_NUMBERS | COMPRESSED else {}
         graph, weights = make(dtype, max_position_embeddings=2048, **sizes)
         groups = tuple(replace(group, window=window) for group in graph.groups)
         graph = replace(graph, groups=groups)

@@ -11,8 +11,9 @@ from array_api_compat import array_namespace
 
 from vivace import _native
 from vivace.techniques.weight_formats._panels import PANEL_OUTPUTS, unpack_panels
+from vivace.techniques.weight_formats._tables import Codebook, TableKernel, flush
 
-__all__ = ["BLOCKS", "Codes", "decode", "round_inputs", "unit_rows"]
+__all__ = ["BLOCKS", "DECODED_BLOCKS", "Codes", "decode", "round_inputs", "unit_rows"]
 
 _ELEMENTS = {
     "float32": np.dtype(np.float32),
@@ -21,6 +22,8 @@ _ELEMENTS = {
 }
 # Inputs that share a scale, for blocks of GGUF that kernels read in place.
 BLOCKS = {"q4_0": 32, "q8_0": 32, "q4_k": 32, "q6_k": 16}
+# Blocks of GGUF that kernels decode to bfloat16.
+DECODED_BLOCKS = frozenset({"q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q5_k"})
 _ROW_INPUT_GROUP = 128
 _TINY = 2.0**-100  # inputs below count as zero
 
@@ -65,6 +68,8 @@ def round_inputs(kernel: str, x: Any) -> Any:
         return _round_to_int8(x, BLOCKS[kernel])
     if kernel == "float32" or kernel.endswith("_float32"):
         return x
+    if kernel.startswith(("table/", "codebook/")) or kernel in DECODED_BLOCKS:
+        kernel = "bfloat16"
     if isinstance(x, np.ndarray):
         return x.astype(_ELEMENTS[kernel]).astype(np.float32)
     xp = array_namespace(x)
@@ -89,12 +94,21 @@ def decode(kernel: str, shape: tuple[int, int], data: np.ndarray) -> np.ndarray:
     """The weights [out, in] float32 of a stored matrix."""
     if kernel.startswith("int"):
         return _decode_codes(Codes.parse(kernel), shape, data)
-    if kernel in BLOCKS:
+    if kernel.startswith("table/"):
+        return TableKernel.parse(kernel).decode(data, shape)
+    if kernel.startswith("codebook/"):
+        return Codebook.parse(kernel).decode(data, shape)
+    if kernel in BLOCKS or kernel in DECODED_BLOCKS:
         out = np.empty(shape, np.float32)
         _native.decode_blocks(kernel.upper(), data.reshape(shape[0], -1), out)
-        return out
+        return out if kernel in BLOCKS else flush(_round_to_bfloat16(out))
     elements = _ELEMENTS[kernel.removesuffix("_float32")]
     return data.reshape(-1).view(elements).reshape(shape).astype(np.float32)
+
+
+def _round_to_bfloat16(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def _decode_codes(codes: Codes, shape: tuple[int, int], data: np.ndarray) -> np.ndarray:

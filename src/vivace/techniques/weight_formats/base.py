@@ -28,7 +28,8 @@ class Grid:
     """The values a format can hold, and what they cost.
 
     `group_size` weights along K share a scale of `scale_bits` and a zero point of `zero_bits`;
-    None: those of a row.
+    None: those of a row. A row takes `row_bits` more, and `outlier_bits` for each weight of the
+    share that is stored beside it.
     """
 
     storage: str  # numpy or ml_dtypes name of an element, or of codes
@@ -36,11 +37,19 @@ class Grid:
     group_size: int | None = None
     scale_bits: int = 0
     zero_bits: int = 0
+    row_bits: int = 0
+    outlier_share: float = 0.0
+    outlier_bits: int = 0
+
+    def num_outliers(self, in_features: int) -> int:
+        """Of a row."""
+        return int(self.outlier_share * in_features)
 
     def bits_per_weight(self, in_features: int) -> float:
         """Exactly what a matrix with rows of `in_features` weights takes, scales included."""
         shared = self.scale_bits + self.zero_bits
-        return self.bits + shared / (self.group_size or in_features)
+        per_row = self.row_bits + self.outlier_bits * self.num_outliers(in_features)
+        return self.bits + shared / (self.group_size or in_features) + per_row / in_features
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 
 from vivace.registry import TechniqueInfo
 from vivace.techniques.weight_formats._coded import coded_bytes, kernel_for_codes, pack_coded
-from vivace.techniques.weight_formats._kernels import BLOCKS, unit_rows
+from vivace.techniques.weight_formats._kernels import BLOCKS, DECODED_BLOCKS, unit_rows
 from vivace.techniques.weight_formats._plain import convert
 from vivace.techniques.weight_formats.base import Grid, Matrix, Packed, WeightFormat
 
@@ -27,9 +27,10 @@ class Config:
 class Stored(WeightFormat):
     """Reads quantized matrices where a file has them; floats keep their type, inputs float32.
 
-    Blocks of GGUF that no kernel reads in place (all but Q4_0, Q8_0, Q4_K and Q6_K, or rows that
-    are no multiple of 16) are decoded to float16.
-    Codes that others quantized are packed as they are where a kernel reads them, else decoded too.
+    Blocks of GGUF are read where they lie: Q4_0, Q8_0, Q4_K and Q6_K as whole numbers, all others
+    as the bfloat16 that they decode to. Those four become float16 if rows are no multiple of 16.
+    Codes that others quantized are packed as they are where a kernel reads them, else decoded
+    to float16.
     Cost: the bytes of the file per token.
     """
 
@@ -73,8 +74,17 @@ class Stored(WeightFormat):
             _log.warning("no kernel reads %s: such matrices are decoded to float16", stored_as)
 
 
+# Blocks that are those of a table: see TableLayout in native/src/format.h.
+_TABLES = {
+    "mxfp4": "table/e2m1/32/e8m0",
+    "iq4_nl": "table/-127,-104,-83,-65,-49,-35,-22,-10,1,13,25,38,53,69,89,113/32/float16",
+}
+
+
 def _block_kernel(weight: Matrix) -> str | None:
     """The kernel that reads a matrix of blocks where it lies."""
     kind = getattr(weight, "type", None)  # of a BlockTensor
     kernel = "" if kind is None else kind.name.lower()
-    return kernel if kernel in BLOCKS and weight.shape[0] % unit_rows(kernel) == 0 else None
+    kernel = _TABLES.get(kernel, kernel)
+    is_read = kernel in BLOCKS or kernel in DECODED_BLOCKS or kernel in _TABLES.values()
+    return kernel if is_read and weight.shape[0] % unit_rows(kernel) == 0 else None
