@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
-    folder = shapes.write_llama(Path(options.scratch) / "llama-3.2-1b", shapes.LLAMA_3_2_1B)
+    folder = shapes.write_checkpoint(Path(options.scratch) / "llama-3.2-1b", shapes.LLAMA_3_2_1B)
     results = measure(folder, options.threads, options.rounds) | measure_starts()
     path = harness.save("core", results)
     plot(results, path.with_suffix(".png"))

@@ -9,12 +9,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TextIO
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
+PEERS = Path(os.environ.get("VIVACE_PEERS") or ROOT / ".venv-peers")
 
 
 def machine() -> dict[str, Any]:
@@ -57,10 +59,12 @@ def summary(values: list[float]) -> dict[str, Any]:
 class Worker:
     """One engine in a process of its own, asked one thing at a time: JSON lines in and out."""
 
-    def __init__(self, name: str, module: str, *arguments: str) -> None:
+    def __init__(
+        self, name: str, module: str, python: Path | None = None, **options: Any
+    ) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [str(python or sys.executable), "-m", module, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -87,10 +91,49 @@ class Worker:
         self.process.wait(timeout=60)
 
 
-def serve(handlers: dict[str, Any], ready: dict[str, Any]) -> None:
+class Engine(Protocol):
+    """What a worker of `benchmarks.engines` measures; made with the options of its `Worker`."""
+
+    facts: dict[str, Any]  # for the worker's `ready`
+
+    def prefill(self, num_tokens: int, offset: int) -> float:
+        """Seconds of a prompt that nobody has seen, up to the logits of its last row."""
+        ...
+
+    def decode(self, num_sequences: int, context: int, num_steps: int) -> list[float]:
+        """Seconds of each step that adds a token to every sequence of `context` tokens."""
+        ...
+
+
+def serve_engine(make: Callable[..., Engine]) -> None:
+    """Serve an engine; `start_seconds` are those from its making to its first token."""
+    out = _only_answers()
+    options = json.loads(sys.argv[1])
+    began = time.perf_counter()
+    engine = make(**options)
+    engine.prefill(8, 0)
+    ready = engine.facts | {"start_seconds": time.perf_counter() - began}
+    handlers = {
+        "prefill": lambda **how: {"seconds": engine.prefill(**how)},
+        "decode": lambda **how: {"seconds": engine.decode(**how)},
+        "memory": memory,
+    }
+    _serve(out, handlers, ready)
+
+
+def serve(handlers: dict[str, Any]) -> None:
     """The worker's side of `Worker`: `handlers[request["do"]](**rest)` returns a dictionary."""
+    _serve(_only_answers(), handlers, {})
+
+
+def _only_answers() -> TextIO:
+    """What was stdout; whatever libraries print goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print goes to stderr
+    os.dup2(2, 1)
+    return out
+
+
+def _serve(out: TextIO, handlers: dict[str, Any], ready: dict[str, Any]) -> None:
     print(json.dumps(ready), file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -98,12 +141,20 @@ def serve(handlers: dict[str, Any], ready: dict[str, Any]) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far, mapped files included."""
+def memory() -> dict[str, int]:
+    """Of this process: the largest resident size so far, mapped files included; and what of the
+    present one lies in no file."""
+    sizes = {}
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmHWM in /proc/self/status")
+        name, _, value = line.partition(":")
+        if name in ("VmHWM", "RssAnon"):
+            sizes[name] = int(value.split()[0]) * 1024
+    return {"peak_bytes": sizes["VmHWM"], "anonymous_bytes": sizes["RssAnon"]}
+
+
+def prompt(num_tokens: int, offset: int) -> list[int]:
+    """Token ids; no two offsets below 100,000 begin alike."""
+    return [(i * 7919 + offset) % 100_000 for i in range(num_tokens)]
 
 
 def save(name: str, results: dict[str, Any]) -> Path:
