@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("core", "agreement", "tokenization")
+BENCHMARKS = ("core", "peers", "agreement", "tokenization")
 
 if __name__ == "__main__":
     names = sys.argv[1:2] or BENCHMARKS

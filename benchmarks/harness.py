@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -17,6 +17,8 @@ from typing import Any, Protocol, TextIO
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 PEERS = Path(os.environ.get("VIVACE_PEERS") or ROOT / ".venv-peers")
+LLAMA_CPP = PEERS / "venv/bin/python"
+OPENVINO = PEERS / "openvino/bin/python"
 
 
 def machine() -> dict[str, Any]:
@@ -59,9 +61,7 @@ def summary(values: list[float]) -> dict[str, Any]:
 class Worker:
     """One engine in a process of its own, asked one thing at a time: JSON lines in and out."""
 
-    def __init__(
-        self, name: str, module: str, python: Path | None = None, **options: Any
-    ) -> None:
+    def __init__(self, name: str, module: str, python: Path | None = None, **options: Any) -> None:
         self.name = name
         self.process = subprocess.Popen(
             [str(python or sys.executable), "-m", module, json.dumps(options)],
@@ -83,7 +83,10 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"the worker {self.name} ended: {self.process.wait()}")
-        return json.loads(line)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -110,8 +113,12 @@ def serve_engine(make: Callable[..., Engine]) -> None:
     out = _only_answers()
     options = json.loads(sys.argv[1])
     began = time.perf_counter()
-    engine = make(**options)
-    engine.prefill(8, 0)
+    try:
+        engine = make(**options)
+        engine.prefill(8, 0)
+    except Exception as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=out, flush=True)
+        sys.exit(1)
     ready = engine.facts | {"start_seconds": time.perf_counter() - began}
     handlers = {
         "prefill": lambda **how: {"seconds": engine.prefill(**how)},
@@ -141,6 +148,21 @@ def _serve(out: TextIO, handlers: dict[str, Any], ready: dict[str, Any]) -> None
         print(json.dumps(answer), file=out, flush=True)
 
 
+def busy_share() -> float:
+    """Part of all processors' time that is in use now, when whoever asks waits: by others."""
+
+    def ticks() -> tuple[int, int]:
+        fields = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
+        counts = [int(field) for field in fields]
+        idle = counts[3] + counts[4]
+        return sum(counts) - idle, sum(counts)
+
+    used, total = ticks()
+    time.sleep(0.5)
+    used_later, total_later = ticks()
+    return (used_later - used) / max(total_later - total, 1)
+
+
 def memory() -> dict[str, int]:
     """Of this process: the largest resident size so far, mapped files included; and what of the
     present one lies in no file."""
@@ -155,6 +177,23 @@ def memory() -> dict[str, int]:
 def prompt(num_tokens: int, offset: int) -> list[int]:
     """Token ids; no two offsets below 100,000 begin alike."""
     return [(i * 7919 + offset) % 100_000 for i in range(num_tokens)]
+
+
+class NotInstalled(Exception):
+    """An engine that is to be compared with is not here."""
+
+
+def require(python: Path) -> None:
+    """Raises `NotInstalled` where the peers' interpreter `python` is missing."""
+    if not python.exists():
+        raise NotInstalled("not installed: run make peers")
+
+
+def run_quietly(command: Sequence[str | Path]) -> None:
+    """Run a command from the root; raises `RuntimeError` with what it said where it fails."""
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr[-2000:].strip()}")
 
 
 def save(name: str, results: dict[str, Any]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import ml_dtypes
@@ -87,6 +88,18 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (d,)}
 
 
+def matrices(config: dict) -> dict[str, tuple[int, ...]]:
+    """Those that every row of a prompt is multiplied with: all but the head."""
+    shapes = tensor_shapes(config).items()
+    return {name: s for name, s in shapes if len(s) == 2 and "embed" not in name}
+
+
+def operations(config: dict, num_rows: int) -> int:
+    """Multiplications and additions of a prompt's matrix products, the head's for its last row."""
+    body = sum(math.prod(shape) for shape in matrices(config).values())
+    return 2 * (num_rows * body + config["vocab_size"] * config["hidden_size"])
+
+
 def write_checkpoint(folder: Path, config: dict, seed: int = 0) -> Path:
     """A bfloat16 checkpoint with weights of standard deviation 0.02; returns the folder."""
     from safetensors.numpy import save_file
@@ -102,7 +115,7 @@ def write_checkpoint(folder: Path, config: dict, seed: int = 0) -> Path:
         if name.endswith("norm.weight"):
             tensors[name] = np.ones(shape, ml_dtypes.bfloat16)
             continue
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         start = int(rng.integers(len(noise)))
         tensors[name] = np.resize(np.roll(noise, -start), size).reshape(shape)
     save_file(tensors, folder / "model.safetensors")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
+from benchmarks.peer_table import peers_table
 
 
 def table(core: dict[str, Any]) -> str:
@@ -109,6 +110,7 @@ def insert(page: Path, name: str, text: str) -> None:
 def main() -> None:
     pages = (
         (ROOT / "README.md", "results", "core", table),
+        (ROOT / "README.md", "peers", "peers", peers_table),
         (ROOT / "docs" / "models.md", "agreement", "agreement", agreement_table),
     )
     for page, mark, name, make in pages:

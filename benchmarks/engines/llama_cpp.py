@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import time
+from importlib import metadata
 from typing import Any
 
 from benchmarks import harness
@@ -30,10 +31,13 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp does not load {path}")
         self.prompts = Cache(self, 1, CHUNK)
         self.caches: dict[tuple[int, int], Cache] = {}
-        count_heads, count_layers = llama.llama_model_n_head_kv, llama.llama_model_n_layer
-        width = llama.llama_model_n_embd(self.model) // llama.llama_model_n_head(self.model)
-        entry = width * count_heads(self.model)
-        self.facts = {"cache_bytes_per_token": count_layers(self.model) * entry * 4}
+        model = self.model
+        size = llama.llama_model_n_embd(model) // llama.llama_model_n_head(model)
+        entries = 2 * llama.llama_model_n_layer(model) * llama.llama_model_n_head_kv(model) * size
+        self.facts = {
+            "version": f"llama-cpp-python {metadata.version('llama_cpp_python')}",
+            "cache_bytes_per_token": 2 * entries,
+        }
 
     def prefill(self, num_tokens: int, offset: int) -> float:
         cache = self.prompts

@@ -19,7 +19,7 @@ def operations_per_second(shapes: list[tuple[int, int]], num_rows: int = 512) ->
     for _ in range(3):
         start = time.perf_counter()
         for matrix in matrices:
-            torch._int_mm(rows[matrix.shape[0]], matrix)
+            torch.ops.aten._int_mm(rows[matrix.shape[0]], matrix)
         seconds.append(time.perf_counter() - start)
     return 2 * num_rows * sum(k * n for k, n in shapes) / min(seconds)
 

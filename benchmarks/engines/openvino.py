@@ -1,13 +1,14 @@
-"""OpenVINO's stateful model in the Python of `make peers`, run as OpenVINO GenAI's pipeline runs it.
+"""OpenVINO's stateful model, in the Python of `make peers`.
 
-That is: all options as by default, and logits of the last row alone. States are set directly, which
-the pipeline has no call for.
+It runs as in OpenVINO GenAI's pipeline: default options, and logits of the last row alone. States
+are set directly, which the pipeline has no call for.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,10 @@ class OpenVino:
         states = [state.state for state in self.request.query_state()]
         # [sequences, heads, tokens, size]; what quantizes the states' values is not counted.
         entries = sum(state.shape[1] * state.shape[3] for state in states)
+        entry_bytes = compiled.get_property("KV_CACHE_PRECISION").size
         self.facts = {
-            "cache_bytes_per_token": entries * compiled.get_property("KV_CACHE_PRECISION").size
+            "version": metadata.version("openvino"),
+            "cache_bytes_per_token": entries * entry_bytes,
         }
         self.noise = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib import metadata
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -15,8 +16,11 @@ class Transformers:
         torch.set_num_threads(threads)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
         config = self.config = self.model.config
-        entry = config.num_key_value_heads * config.head_dim
-        self.facts = {"cache_bytes_per_token": config.num_hidden_layers * entry * 4}
+        entries = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        self.facts = {
+            "version": f"{metadata.version('transformers')}, torch {torch.__version__}",
+            "cache_bytes_per_token": 2 * entries,
+        }
 
     @torch.inference_mode()
     def prefill(self, num_tokens: int, offset: int) -> float:

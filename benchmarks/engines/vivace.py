@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 from benchmarks import harness
@@ -21,6 +22,7 @@ class Vivace:
         executor, size = self.llm.engine.executor, self.llm.engine.pool.block_size
         groups = range(len(self.llm.graph.groups))
         self.facts = {
+            "version": metadata.version("vivace"),
             "weight_bytes": self.llm.weight_bytes,
             "cache_bytes": self.llm.cache_bytes,
             "cache_bytes_per_token": sum(executor.bytes_per_block(g, size) for g in groups) / size,
