@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -196,10 +197,14 @@ def run_quietly(command: Sequence[str | Path]) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr[-2000:].strip()}")
 
 
+def described(name: str, results: dict[str, Any]) -> dict[str, Any]:
+    """Results with the command and the machine that they are of."""
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+    return {"command": command, "machine": machine()} | results
+
+
 def save(name: str, results: dict[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    command = " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
-    data = {"command": command, "machine": machine()} | results
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    path.write_text(json.dumps(described(name, results), indent=1) + "\n")
     return path

@@ -62,8 +62,8 @@ def _quantize(file_type: int, source: Path, target: Path) -> None:
 
 def _compress(bits: int, source: Path, target: Path) -> None:
     harness.require(OPENVINO)
-    script = ROOT / "benchmarks/engines/openvino_export.py"
-    run_quietly([OPENVINO, script, source, target, str(bits)])
+    module = "benchmarks.engines.openvino_export"
+    run_quietly([OPENVINO, "-m", module, source, target, str(bits)])
 
 
 FILES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {  # by name: made of what, and how

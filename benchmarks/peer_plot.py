@@ -48,8 +48,8 @@ def _bars(axis: Any, found: dict[str, Any], measure: str, title: str) -> None:
     colours = [COLOURS[found["cases"][name]["engine"]] for name in names]
     axis.barh(names, medians, xerr=spread, color=colours, capsize=3)
     if measure == "decode 1":
-        bandwidth = found["read_bandwidth_bytes_per_second"]["median"]
-        floors = [bandwidth / found["cases"][name]["weight_bytes"] for name in names]
+        shares = [found["cases"][name]["share_of_read_floor"][measure]["median"] for name in names]
+        floors = [median / share for median, share in zip(medians, shares, strict=True)]
         axis.plot(floors, names, "k|", markersize=18, label="read floor")
         axis.legend()
     axis.set_title(title)

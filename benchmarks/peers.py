@@ -7,7 +7,7 @@ Every engine runs in a process of its own. Those of one group are loaded togethe
 each measurement, so that a ratio compares the same minute; the read bandwidth is measured before
 and after each decode, and the mean of the two is its floor. `make peers` installs the peers; one
 that is missing is said and left out. Writes benchmarks/results/peers.json, peers.png and the table
-in README.md; docs/benchmarks.md says what the columns mean.
+in README.md, with --quick nothing; docs/benchmarks.md says what the columns mean.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from benchmarks.peer_cases import (
 )
 from benchmarks.peer_files import prepare, tensor_bytes
 from benchmarks.peer_plot import plot
+from benchmarks.peer_table import peers_table
 
 PYTHON = {"llama_cpp": harness.LLAMA_CPP, "openvino": harness.OPENVINO}
 PEAKS = ("bfloat16", "int8")
@@ -48,6 +49,7 @@ class Options:
     rounds: int
     num_starts: int
     decodes: tuple[Decode, ...]
+    is_quick: bool
 
     @property
     def max_context(self) -> int:
@@ -253,14 +255,17 @@ def parse(arguments: list[str]) -> tuple[list[str], list[Case], Options]:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--scratch", default=os.path.join(tempfile.gettempdir(), "vivace-bench"))
-    parser.add_argument("--quick", action="store_true", help="2 rounds of the main measurements")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 rounds of the main measurements, printed"
+    )
     given = parser.parse_args(arguments)
     options = Options(
-        Path(given.scratch),
+        Path(given.scratch).resolve(),
         given.threads,
         2 if given.quick else given.rounds,
         1 if given.quick else 3,
         tuple(d for d in DECODES if not given.quick or d.name in QUICK),
+        given.quick,
     )
     return given.models, [case for case in CASES if case.name in given.cases], options
 
@@ -272,6 +277,11 @@ def main() -> None:
         "rounds": options.rounds,
         "models": {model: measure(model, cases, options) for model in models},
     }
+    if not any(found["cases"] for found in results["models"].values()):
+        sys.exit("no case ran: nothing is written")
+    if options.is_quick:
+        print(peers_table(harness.described("peers", results)))
+        return
     path = harness.save("peers", results)
     plot(results, path.with_suffix(".png"))
     table.main()

@@ -1,6 +1,6 @@
 """Run by the Python of `make peers`: optimum-intel compresses a checkpoint for OpenVINO.
 
-    python openvino_export.py CHECKPOINT OUT BITS
+    python -m benchmarks.engines.openvino_export CHECKPOINT OUT BITS
 
 As `optimum-cli export openvino --weight-format int4` (or `int8`) does for a model it has no recipe
 of its own for: integers with zero points, 4 bits in groups of 128, all matrices but the embedding
