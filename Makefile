@@ -44,7 +44,7 @@ format: $(VENV)/.dev ## rewrite the sources in house style
 bench: $(VENV)/.dev ## the benchmarks; results go to benchmarks/results
 	$(BIN)/python -m benchmarks $(ARGS)
 
-peers: $(PEERS)/.done ## build llama.cpp, with which tests/peers compare; takes some minutes
+peers: $(PEERS)/.done $(PEERS)/openvino/.done ## build llama.cpp and install OpenVINO, to compare with; takes some minutes
 
 clean: ## remove what builds leave behind, keep the virtual environment
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
@@ -67,10 +67,17 @@ $(VENV)/.dev: $(SOURCES) | $(BIN)/python
 LLAMA_CPP := $(shell sed -n 's/^llama_cpp_python==//p' constraints-peers.txt)
 $(PEERS)/.done: constraints-peers.txt
 	@echo "setting up $(PEERS): llama.cpp is compiled, which takes some minutes"
-	rm -rf $(PEERS) && mkdir -p $(PEERS)/source
+	rm -rf $(PEERS)/venv $(PEERS)/source && mkdir -p $(PEERS)/source
 	$(PYTHON) -m venv $(PEERS)/venv
 	$(PEERS)/venv/bin/pip download -qq --no-deps --no-binary :all: --dest $(PEERS) llama-cpp-python==$(LLAMA_CPP)
 	tar -xzf $(PEERS)/llama_cpp_python-$(LLAMA_CPP).tar.gz -C $(PEERS)/source --strip-components 1
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/venv/bin/pip install -qq -c constraints-peers.txt \
 		$(PEERS)/llama_cpp_python-$(LLAMA_CPP).tar.gz
+	@touch $@
+
+$(PEERS)/openvino/.done: constraints-openvino.txt
+	@echo "setting up $(PEERS)/openvino: OpenVINO and what makes files for it are installed"
+	rm -rf $(PEERS)/openvino && mkdir -p $(PEERS)
+	$(PYTHON) -m venv $(PEERS)/openvino
+	PIP_CONSTRAINT= $(PEERS)/openvino/bin/pip install -qq --no-deps -r constraints-openvino.txt
 	@touch $@

@@ -11,7 +11,6 @@ left is the reading of the file. Needs `make peers`.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import table
-from benchmarks.harness import ROOT, machine, save
+from benchmarks.harness import LLAMA_CPP, ROOT, machine, run_quietly, save
 from vivace import LLM
 from vivace.models.gguf.write import Storage, write_gguf
 from vivace.models.loading import load_model
@@ -28,7 +27,6 @@ from vivace.training.batches import Packer
 from vivace.training.corpus import read_corpus
 from vivace.training.exercises import make_exercise
 
-PEERS = ROOT / ".venv-peers"
 FILE_TYPES = {  # llama_ftype: what llama.cpp's own quantize tool takes
     "F16": 1,
     "Q4_0": 2,
@@ -86,11 +84,7 @@ def held_out(num_sequences: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 def peer(script: str, *arguments: str | Path) -> None:
     """Run one of the scripts for the peers' interpreter."""
-    python = PEERS / "venv" / "bin" / "python"
-    command = [str(python), str(ROOT / "tests" / "peers" / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}:\n{done.stderr[-2000:]}")
+    run_quietly([LLAMA_CPP, ROOT / "tests/peers" / script, *arguments])
 
 
 def decode_to_f32(source: Path, target: Path) -> None:
@@ -160,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sequences", type=int, default=32)
     arguments = parser.parse_args()
-    if not PEERS.exists():
+    if not LLAMA_CPP.exists():
         sys.exit("needs llama.cpp: run 'make peers' first")
     sequences, rows = held_out(arguments.sequences)
     results: dict[str, Any] = {}

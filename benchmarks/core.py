@@ -21,62 +21,7 @@ from typing import Any
 
 from benchmarks import harness, shapes, table
 
-PREFILL, CONTEXT, DECODE = 512, 128, 12
-
-
-def vivace_worker(folder: str, threads: int) -> None:
-    from vivace import LLM, SamplingParams
-
-    llm = LLM(folder, threads=threads, max_context=1024)
-
-    def run(num_prompt: int, num_new: int, offset: int) -> dict[str, Any]:
-        prompt = [(i * 7919 + offset) % 100_000 for i in range(num_prompt)]
-        params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
-        timing = llm.generate(prompt, params).timing
-        return {"prefill": timing.prefill_seconds, "decode": timing.decode_seconds}
-
-    harness.serve(
-        {
-            "run": run,
-            "memory": lambda: {"peak_bytes": harness.peak_memory_bytes()},
-        },
-        {"cache_bytes": llm.cache_bytes, "weight_bytes": llm.weight_bytes},
-    )
-
-
-def floor_worker(threads: int) -> None:
-    """Read bandwidth and peak, in a process whose buffers count for nobody."""
-    from vivace import _native
-
-    harness.serve(
-        {
-            "read": lambda: {"bytes_per_second": _native.read_bandwidth(0.25, threads)},
-            "peak": lambda: {"flops": _native.peak_flops("bfloat16", 0.25, threads)},
-        },
-        {},
-    )
-
-
-def transformers_worker(folder: str, threads: int) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-
-    @torch.inference_mode()
-    def run(num_prompt: int, num_new: int, offset: int) -> dict[str, Any]:
-        tokens = torch.tensor([[(i * 7919 + offset) % 100_000 for i in range(num_prompt)]])
-        start = time.perf_counter()
-        out = model(tokens, use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1:].argmax(-1)
-        middle = time.perf_counter()
-        for _ in range(num_new - 1):
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
-        return {"prefill": middle - start, "decode": time.perf_counter() - middle}
-
-    harness.serve({"run": run, "memory": lambda: {"peak_bytes": harness.peak_memory_bytes()}}, {})
+PREFILL, CONTEXT, DECODE = 512, 128, 11
 
 
 def start_seconds(command: list[str], *, to_end: bool, runs: int = 7) -> list[float]:
@@ -99,10 +44,10 @@ def start_seconds(command: list[str], *, to_end: bool, runs: int = 7) -> list[fl
 
 
 def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
-    arguments = (str(folder), str(threads))
-    ours = harness.Worker("vivace", "benchmarks.core", "worker-vivace", *arguments)
-    peer = harness.Worker("transformers", "benchmarks.core", "worker-transformers", *arguments)
-    limits = harness.Worker("floor", "benchmarks.core", "worker-floor", *arguments)
+    options = {"path": str(folder), "threads": threads, "max_context": 1024}
+    ours = harness.Worker("vivace", "benchmarks.engines.vivace", **options)
+    peer = harness.Worker("transformers", "benchmarks.engines.transformers", **options)
+    limits = harness.Worker("floor", "benchmarks.engines.floor", threads=threads)
     cases: dict[str, dict[str, list[float]]] = {
         "vivace": {"prefill": [], "decode": []},
         "transformers": {"prefill": [], "decode": []},
@@ -112,16 +57,16 @@ def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     for index in range(-1, rounds):  # round -1 warms up
         for worker in (ours, peer):
             before = limits.ask(do="read")["bytes_per_second"]
-            decode = worker.ask(do="run", num_prompt=CONTEXT, num_new=DECODE, offset=index + 1)
+            steps = worker.ask(do="decode", num_sequences=1, context=CONTEXT, num_steps=DECODE)
             after = limits.ask(do="read")["bytes_per_second"]
-            prefill = worker.ask(do="run", num_prompt=PREFILL, num_new=1, offset=1000 + index)
+            prefill = worker.ask(do="prefill", num_tokens=PREFILL, offset=1000 + index)
             if index < 0:
                 continue
             if worker is ours:
                 floors.append((before + after) / 2)
-                peaks.append(limits.ask(do="peak")["flops"])
-            cases[worker.name]["decode"].append((DECODE - 1) / decode["decode"])
-            cases[worker.name]["prefill"].append(PREFILL / prefill["prefill"])
+                peaks.append(limits.ask(do="peak", kind="bfloat16")["flops"])
+            cases[worker.name]["decode"].append(DECODE / sum(steps["seconds"]))
+            cases[worker.name]["prefill"].append(PREFILL / prefill["seconds"])
     weight_bytes, cache_bytes = ours.ready["weight_bytes"], ours.ready["cache_bytes"]
     peak = ours.ask(do="memory")["peak_bytes"]
     share = [
@@ -195,7 +140,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             floor = bandwidth / results["bytes_per_token"]
             axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="read floor")
         else:
-            flops = 2 * (results["bytes_per_token"] / 2 - 128256 * 2048)  # per token, head apart
+            flops = shapes.operations(shapes.LLAMA_3_2_1B, PREFILL) / PREFILL
             peak = results["peak_bfloat16_flops"]["median"] / flops
             axis.axhline(peak, color="black", linestyle="--", linewidth=1, label="bf16 peak")
         axis.legend()
@@ -208,7 +153,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
-    folder = shapes.write_llama(Path(options.scratch) / "llama-3.2-1b", shapes.LLAMA_3_2_1B)
+    folder = shapes.write_checkpoint(Path(options.scratch) / "llama-3.2-1b", shapes.LLAMA_3_2_1B)
     results = measure(folder, options.threads, options.rounds) | measure_starts()
     path = harness.save("core", results)
     plot(results, path.with_suffix(".png"))
@@ -223,11 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 3 and sys.argv[1] == "worker-vivace":
-        vivace_worker(sys.argv[2], int(sys.argv[3]))
-    elif len(sys.argv) > 3 and sys.argv[1] == "worker-transformers":
-        transformers_worker(sys.argv[2], int(sys.argv[3]))
-    elif len(sys.argv) > 3 and sys.argv[1] == "worker-floor":
-        floor_worker(int(sys.argv[3]))
-    else:
-        main()
+    main()

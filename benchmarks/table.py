@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
+from benchmarks.peer_table import peers_table
 
 
 def table(core: dict[str, Any]) -> str:
@@ -134,11 +135,14 @@ def insert(page: Path, name: str, text: str) -> None:
 def main() -> None:
     pages = (
         (ROOT / "README.md", "results", "core", table),
+        (ROOT / "README.md", "peers", "peers", peers_table),
         (ROOT / "docs" / "models.md", "agreement", "agreement", agreement_table),
         (ROOT / "docs" / "formats.md", "formats", "formats", formats_table),
     )
     for page, mark, name, make in pages:
-        insert(page, mark, make(json.loads((RESULTS / f"{name}.json").read_text())))
+        results = RESULTS / f"{name}.json"
+        if results.exists():  # that benchmark has been run
+            insert(page, mark, make(json.loads(results.read_text())))
 
 
 if __name__ == "__main__":

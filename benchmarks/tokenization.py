@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from vivace.models.tokenizer import Tokenizer
 from vivace.training.corpus import read_corpus
 
 MODES: tuple[Tokenization, ...] = ("merges", "greedy", "shortest")
-PEERS = Path(os.environ.get("VIVACE_PEERS") or harness.ROOT / ".venv-peers")
 VOCABULARIES = ("llama-bpe", "qwen2", "gpt-2", "llama-spm")
 
 
@@ -44,7 +42,7 @@ def tokenizers() -> Iterator[tuple[str, Tokenizer]]:
     with LLM("tiny") as llm:
         yield "tiny", llm.tokenizer
     for name in VOCABULARIES:
-        path = PEERS / "source/vendor/llama.cpp/models" / f"ggml-vocab-{name}.gguf"
+        path = harness.PEERS / "source/vendor/llama.cpp/models" / f"ggml-vocab-{name}.gguf"
         if path.exists():
             yield name, tokenizer_from_metadata(_metadata(path), str(path))
 

@@ -1,0 +1,1 @@
+"""Engines that benchmarks compare, each a program that answers a `harness.Worker`."""
