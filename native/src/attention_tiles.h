@@ -7,8 +7,7 @@
 namespace vivace::VIVACE_ISA {
 namespace {
 
-// Sums of a tile stay in registers only if these loops are gone before arrays become scalars.
-#define VIVACE_UNROLL _Pragma("GCC unroll 8")
+// Sums of a tile stay in registers only if inner loops are unrolled before arrays become scalars.
 
 // Queries that share loads and vectors that share a query: their sums stay in registers.
 constexpr int kQueryTile = VIVACE_LEVEL == 0 ? 4 : 6;
