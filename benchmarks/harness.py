@@ -129,9 +129,9 @@ def serve_engine(make: Callable[..., Engine]) -> None:
     _serve(out, handlers, ready)
 
 
-def serve(handlers: dict[str, Any]) -> None:
+def serve(handlers: dict[str, Any], ready: dict[str, Any] | None = None) -> None:
     """The worker's side of `Worker`: `handlers[request["do"]](**rest)` returns a dictionary."""
-    _serve(_only_answers(), handlers, {})
+    _serve(_only_answers(), handlers, ready or {})
 
 
 def _only_answers() -> TextIO:

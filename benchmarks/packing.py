@@ -10,6 +10,7 @@ at once to show what they share. Writes benchmarks/results/packing.json.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -40,7 +41,7 @@ def worker(folder: str, threads: int) -> None:
         "first_token": done - loaded,
         "weight_bytes": llm.weight_bytes,
         "cache_bytes": llm.cache_bytes,
-        "peak_bytes": harness.peak_memory_bytes(),
+        "peak_bytes": harness.memory()["peak_bytes"],
     }
     harness.serve({"memory": memory}, ready)
 
@@ -100,15 +101,17 @@ def pack_seconds(source: Path, rounds: int) -> list[float]:
 def measure(source: Path, folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     quantizing, quantizing_peak = quantize_seconds(source, folder, 3)
     starts: dict[str, list[float]] = {"import": [], "load": [], "first_token": [], "to_token": []}
-    arguments = ("benchmarks.packing", "worker", str(folder), str(threads))
+    options = {"folder": str(folder), "threads": threads}
     for index in range(-1, rounds):  # round -1 fills the page cache
-        one = harness.Worker("vivace", *arguments)
+        one = harness.Worker("vivace", "benchmarks.packing", **options)
         one.close()
         if index >= 0:
             for key in ("import", "load", "first_token"):
                 starts[key].append(one.ready[key])
             starts["to_token"].append(one.ready["load"] + one.ready["first_token"])
-    first, second = harness.Worker("first", *arguments), harness.Worker("second", *arguments)
+    first, second = (
+        harness.Worker(name, "benchmarks.packing", **options) for name in ("first", "second")
+    )
     weight_bytes, cache_bytes = first.ready["weight_bytes"], first.ready["cache_bytes"]
     results = {
         "shape": "Llama-3.2-1B, random weights, int4 in groups of 32",
@@ -138,7 +141,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     scratch = Path(options.scratch)
-    source = shapes.write_llama(scratch / "llama-3.2-1b", shapes.LLAMA_3_2_1B)
+    source = shapes.write_checkpoint(scratch / "llama-3.2-1b", shapes.LLAMA_3_2_1B)
     results = measure(source, scratch / "llama-3.2-1b-int4", options.threads, options.rounds)
     path = harness.save("packing", results)
     print(f"pack      {results['pack_seconds']['median']:.2f} s")
@@ -150,7 +153,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 3 and sys.argv[1] == "worker":
-        worker(sys.argv[2], int(sys.argv[3]))
+    if sys.argv[1:2] and sys.argv[1].startswith("{"):  # as harness.Worker gives them
+        worker(**json.loads(sys.argv[1]))
     else:
         main()

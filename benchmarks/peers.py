@@ -1,7 +1,7 @@
 """Vivace against llama.cpp, OpenVINO and transformers: known shapes, random weights, one run.
 
-    python -m benchmarks.peers [--models NAME ...] [--cases NAME ...] [--rounds N] [--threads N]
-                               [--scratch DIR] [--quick]
+    python -m benchmarks.peers [--models NAME ...] [--cases NAME ...] [--decodes NAME ...]
+                               [--rounds N] [--threads N] [--scratch DIR] [--quick]
 
 Every engine runs in a process of its own. Those of one group are loaded together and take turns at
 each measurement, so that a ratio compares the same minute; the read bandwidth is measured before
@@ -252,6 +252,8 @@ def parse(arguments: list[str]) -> tuple[list[str], list[Case], Options]:
     names = [case.name for case in CASES]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="NAME")
+    decodes = [decode.name for decode in DECODES]
+    parser.add_argument("--decodes", nargs="+", choices=decodes, default=decodes, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--scratch", default=os.path.join(tempfile.gettempdir(), "vivace-bench"))
@@ -264,7 +266,7 @@ def parse(arguments: list[str]) -> tuple[list[str], list[Case], Options]:
         given.threads,
         2 if given.quick else given.rounds,
         1 if given.quick else 3,
-        tuple(d for d in DECODES if not given.quick or d.name in QUICK),
+        tuple(d for d in DECODES if d.name in (QUICK if given.quick else given.decodes)),
         given.quick,
     )
     return given.models, [case for case in CASES if case.name in given.cases], options
