@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Stored(WeightFormat):
         if isinstance(weight, np.ndarray):
             return weight.nbytes
         if isinstance(weight, Packed) or self._block_kernel(weight) is not None:
-            return weight.num_bytes  # type: ignore[union-attr]
+            return cast(Any, weight).num_bytes
         codes = kernel_for_codes(weight)
         if codes is not None:
             return coded_bytes(codes, weight.shape)
@@ -63,7 +63,7 @@ class Stored(WeightFormat):
         shape = weight.shape[0], weight.shape[1]
         kernel = self._block_kernel(weight)
         if kernel is not None:
-            return Packed(kernel, shape, weight.raw)  # type: ignore[attr-defined]
+            return Packed(kernel, shape, cast(Any, weight).raw)
         codes = kernel_for_codes(weight)
         if codes is not None:
             return pack_coded(weight, codes)
