@@ -33,7 +33,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         _bars(row[0], found, "decode 1", f"{model}: decode, 1 sequence")
         _bars(row[1], found, PREFILL, f"{model}: prefill, 512 tokens")
         _batches(row[2], found, f"{model}: decode, by sequences")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -77,4 +77,4 @@ def _batches(axis: Any, found: dict[str, Any], title: str) -> None:
     axis.set_title(title)
     axis.set_xlabel("sequences")
     axis.set_ylabel("tokens per second")
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
