@@ -66,6 +66,12 @@ VIVACE_INLINE Bytes64 bits_at(Bytes64 x) {
 #endif
 }
 
+#if VIVACE_LEVEL >= 3
+VIVACE_INLINE Bytes64 masked(Bytes64 x, int mask) {
+  return {_mm512_and_si512(x.v, _mm512_set1_epi8(static_cast<char>(mask)))};
+}
+#endif
+
 // x | ((bits >> kFrom) & 1) << kTo in every byte.
 template <int kFrom, int kTo>
 VIVACE_INLINE Bytes64 or_bit(Bytes64 x, Bytes64 bits) {
@@ -195,6 +201,12 @@ VIVACE_INLINE I32x16 shift_left(I32x16 a) {
   return {a.v << kShift};
 #endif
 }
+
+#if VIVACE_LEVEL >= 3
+VIVACE_INLINE I32x16 shift_right(I32x16 a, int count) {
+  return {reinterpret_cast<__m512i>(reinterpret_cast<__v16si>(a.v) >> count)};
+}
+#endif
 
 // 16 bytes as whole numbers.
 VIVACE_INLINE I32x16 load_u8(const uint8_t* p) {

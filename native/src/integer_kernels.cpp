@@ -4,6 +4,8 @@
 // per group, in order of K, joins the output's float32 sum. So an output's bits depend on K and the
 // format alone, whatever the rows of a tile and the instruction set. Codes are unpacked once for
 // all rows of a tile.
+#include <algorithm>
+
 #include "block_formats.h"
 #include "bytes.h"
 #include "linear.h"
@@ -36,8 +38,9 @@ VIVACE_INLINE F32x16 load_scales(ScaleType type, const uint8_t* p) {
 // them into weights: stored zeros, scales, and for some a minimum. `kGroup`: inputs per
 // scale, 0 if that is known at run time only (a multiple of 32, or the row).
 
-template <int kBits>
+template <int kCodeBits>
 struct Panels {
+  static constexpr int kBits = kCodeBits;
   static constexpr int kGroup = 0, kMaxCode = (1 << kBits) - 1;
   static constexpr bool kHasMinimum = false;
 
@@ -508,9 +511,86 @@ void multiply_rows(int T, const Source* panel, const Tile& tile) {
   }
 }
 
+#if VIVACE_LEVEL >= 3
+// One row times kWidePanels panels that lie `unit` bytes apart: what decoding does most, so with as
+// few instructions a byte as can be. Codes are multiplied where they lie in their bytes; sums of
+// those in upper bits are multiples of their place, and shifted down at a group's end.
+template <int kBits, bool kIsUsual>
+[[gnu::noinline]] void multiply_row(Panels<kBits> panels, size_t unit, const Tile& tile) {
+  if (kIsUsual) {
+    panels.scale_type = ScaleType::float16;
+    panels.has_zeros = panels.is_row = false;
+  }
+  constexpr int P = kWidePanels, kFields = 8 / kBits;
+  const TileRows row(tile);
+  const char* first = reinterpret_cast<const char*>(panels.panel);
+  const char* ahead = tile.ahead.panels == nullptr ? first : tile.ahead.panels;
+  size_t units = unit, three_units = 3 * unit;
+  const auto offset = [&](int p) { return p == 3 ? three_units : p * units; };
+  F32x16 acc[P];
+  for (F32x16& one : acc) one = zero();
+  const int num_steps = (tile.K + kStepInputs - 1) / kStepInputs;
+  const int steps_per_group = kIsUsual ? 1 : tile.input_group / kStepInputs;
+  for (int step = 0, group = 0; step < num_steps; ++group) {
+    const InputScale& input = row.scale(0, group);
+    Panels<kBits> panel = panels;
+    F32x16 scales[P];
+    I32x16 sums[P][kFields];
+    VIVACE_UNROLL
+    for (int p = 0; p < P; ++p, panel.panel += unit) {
+      scales[p] = mul(panel.scale(group), set1(input.scale));
+      VIVACE_UNROLL
+      for (int i = 0; i < kFields; ++i)
+        sums[p][i] = i == 0 ? panel.start(group, set1_i32(input.offset)) : set1_i32(0);
+    }
+    const int end = kIsUsual ? step + 1 : std::min(step + steps_per_group, num_steps);
+    for (; step < end; ++step) {
+      __asm__("" : "+r"(units), "+r"(three_units));
+      const size_t at = panels.layout.codes_at + static_cast<size_t>(step) * kBits * 64;
+      const int8_t* x = row.input(0, step);
+      VIVACE_UNROLL
+      for (int v = 0; v < kBits; ++v) VIVACE_UNROLL
+      for (int p = 0; p < P; ++p) {
+        Bytes64 raw = load_bytes(first + at + offset(p) + 64 * v);
+        __asm__ volatile("prefetcht1 %1" : "+v"(raw.v) : "m"(*(ahead + at + offset(p) + 64 * v)));
+        VIVACE_UNROLL
+        for (int i = 0; i < kFields; ++i) {
+          const Bytes64 code = kFields == 1 ? raw : masked(raw, ((1 << kBits) - 1) << kBits * i);
+          dot<1, 1, 255>(&sums[p][i], &code, [&](int) { return x + 4 * (v + kBits * i); });
+        }
+      }
+    }
+    VIVACE_UNROLL
+    for (int p = 0; p < P; ++p) {
+      I32x16 sum = sums[p][0];
+      VIVACE_UNROLL
+      for (int i = 1; i < kFields; ++i) sum = add_i32(sum, shift_right(sums[p][i], kBits * i));
+      acc[p] = fma(to_float(sum), scales[p], acc[p]);
+    }
+  }
+  Panels<kBits> panel = panels;
+  for (int p = 0; p < P; ++p, panel.panel += unit) {
+    F32x16 out = mul(acc[p], panel.row_scale());
+    if (tile.bias != nullptr) out = add(out, load(tile.bias + p * kPanelOutputs));
+    store(tile.y + p * kPanelOutputs, out);
+  }
+}
+#endif
+
 // The same for kWidePanels panels and few rows.
 template <class Source>
 void multiply_wide(int T, const Source* panels, const Tile& tile) {
+#if VIVACE_LEVEL >= 3
+  if constexpr (Source::kGroup == 0 && Source::kMaxCode != 7) {
+    if (T == 1) {
+      const size_t unit = panels[1].panel - panels[0].panel;
+      const bool is_usual = panels[0].scale_type == ScaleType::float16 && !panels[0].has_zeros &&
+                            tile.input_group == kStepInputs;
+      return is_usual ? multiply_row<Source::kBits, true>(panels[0], unit, tile)
+                      : multiply_row<Source::kBits, false>(panels[0], unit, tile);
+    }
+  }
+#endif
   switch (T) {
     case 4:
       return multiply_tile<Source, 4, kWidePanels>(panels, tile);

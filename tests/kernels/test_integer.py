@@ -58,13 +58,16 @@ def matrix_of(kernel: str, num_rows: int, num_columns: int, seed: int = 0) -> Pa
 
 
 def shapes_of(kernel: str) -> list[tuple[int, int]]:
-    """Odd numbers of outputs and inputs, as far as the format has them."""
+    """Odd numbers of outputs and inputs, as far as the format has them.
+
+    The second has panels for several at once and a rest, and several groups of inputs.
+    """
     if kernel in BLOCKS:
         unit = BLOCK_BYTES[kernel][0]
-        return [(16, unit), (48, 3 * unit)]
+        return [(16, unit), (144, 3 * unit)]
     group = Codes.parse(kernel).group_size
-    widths = (1, 33, 200) if group is None else (group, 3 * group)
-    return list(zip((1, 37, 16), widths, strict=False))
+    widths = (1, 333, 33) if group is None else (group, 3 * group)
+    return list(zip((1, 133, 16), widths, strict=False))
 
 
 def inputs(num_columns: int, seed: int = 1) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from pathlib import Path
 
@@ -22,9 +23,13 @@ def map_file(path: Path, min_bytes: int, kind: str) -> mmap.mmap:
             size = path.stat().st_size
             if size < min_bytes:
                 raise BadFile(f"{path}: has {size} bytes, too few for {kind}: download again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise BadFile(f"{path}: cannot be read ({error.strerror}): check the file") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            data.madvise(mmap.MADV_HUGEPAGE)
+    return data
 
 
 def release(data: mmap.mmap) -> None:
