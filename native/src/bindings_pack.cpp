@@ -52,7 +52,7 @@ bool pack_codes(const std::string& kernel, const Weights& weights, const Panels&
           "weights are not packed as " + kernel + ": expected integer codes");
   require(out.size() == bytes,
           "out has " + std::to_string(out.size()) + " bytes: expected " + std::to_string(bytes));
-  const PanelLayout layout = panel_layout(format, K);
+  const CodesLayout layout = codes_layout(format, K);
   const Storage storage = find_storage(weights);
   const size_t row_bytes = static_cast<size_t>(K) * (storage == Storage::float32 ? 4 : 2);
   const Kernels& kernels = find_kernels(isa);
@@ -60,12 +60,17 @@ bool pack_codes(const std::string& kernel, const Weights& weights, const Panels&
   const auto* data = static_cast<const uint8_t*>(weights.data());
   std::atomic<bool> fits = true;
   const nb::gil_scoped_release release;
-  pool->parallel((rows + kPanelOutputs - 1) / kPanelOutputs, [&](int64_t panel, int) {
+  const auto num_units = static_cast<int64_t>(bytes / layout.bytes);
+  pool->parallel(num_units * kPanels, [&](int64_t index, int) {
     const FloatEnvironment environment(Denormals::kept);
-    const auto first = static_cast<int32_t>(panel * kPanelOutputs);
-    const PackItem item = {storage, data + static_cast<size_t>(first) * row_bytes,
-                           std::min(kPanelOutputs, rows - first), K,
-                           out.data() + static_cast<size_t>(panel) * layout.bytes};
+    const auto first = static_cast<int32_t>(index * kPanelOutputs);
+    // A panel that fills up the last unit has no rows.
+    const PackItem item = {storage,
+                           data + static_cast<size_t>(std::min(first, rows)) * row_bytes,
+                           std::clamp(rows - first, 0, kPanelOutputs),
+                           K,
+                           out.data() + static_cast<size_t>(index / kPanels) * layout.bytes,
+                           static_cast<int>(index % kPanels)};
     if (!kernels.pack->pack_panel(format, layout, item)) fits = false;
   });
   return fits;

@@ -70,6 +70,17 @@ VIVACE_INLINE Bytes64 bits_at(Bytes64 x) {
 VIVACE_INLINE Bytes64 masked(Bytes64 x, int mask) {
   return {_mm512_and_si512(x.v, _mm512_set1_epi8(static_cast<char>(mask)))};
 }
+// (x >> count) & mask in every byte.
+VIVACE_INLINE Bytes64 shifted(Bytes64 x, int count, int mask) {
+  return masked({reinterpret_cast<__m512i>(reinterpret_cast<__v32hu>(x.v) >> count)}, mask);
+}
+// x | ((bits >> from) & 1) << to in every byte.
+VIVACE_INLINE Bytes64 with_bit(Bytes64 x, Bytes64 bits, int from, int to) {
+  const auto words = reinterpret_cast<__v32hu>(bits.v);
+  const auto moved =
+      reinterpret_cast<__m512i>(from < to ? words << (to - from) : words >> (from - to));
+  return {_mm512_ternarylogic_epi32(x.v, moved, _mm512_set1_epi8(static_cast<char>(1 << to)), 0xf8)};
+}
 #endif
 
 // x | ((bits >> kFrom) & 1) << kTo in every byte.

@@ -289,25 +289,28 @@ TableLayout table_layout(const Format& format, int32_t K) {
   return layout;
 }
 
-PanelLayout panel_layout(const Format& format, int32_t K) {
+CodesLayout codes_layout(const Format& format, int32_t K) {
   check_group(format.group, K);
-  PanelLayout layout;
+  CodesLayout layout;
   layout.num_groups = format.group == 0 ? 1 : K / format.group;
-  const size_t values = static_cast<size_t>(layout.num_groups) * kPanelOutputs;
-  layout.zeros_at = values * scale_bytes(format.scale);
-  layout.codes_at = round_up(layout.zeros_at + (format.has_zeros ? values : 0), 64);
-  const size_t steps = (static_cast<size_t>(K) + kStepInputs - 1) / kStepInputs;
-  layout.bytes = layout.codes_at + steps * format.bits * 64;
+  layout.group_steps = (format.group == 0 ? K + kStepInputs - 1 : format.group) / kStepInputs;
+  constexpr size_t kOutputs = size_t{kPanels} * kPanelOutputs;
+  layout.zeros_at = kOutputs * scale_bytes(format.scale);
+  layout.codes_at = layout.zeros_at + (format.has_zeros ? kOutputs : 0);
+  layout.step_bytes = static_cast<size_t>(kPanels) * format.bits * 64;
+  layout.group_bytes = layout.codes_at + layout.group_steps * layout.step_bytes;
+  layout.bytes = layout.num_groups * layout.group_bytes;
   return layout;
 }
 
 int32_t unit_outputs(const Format& format) {
-  return is_float(format) || is_decoded(format) ? 1 : kPanelOutputs;
+  if (is_float(format) || is_decoded(format)) return 1;
+  return format.storage == Storage::codes ? kPanels * kPanelOutputs : kPanelOutputs;
 }
 
 size_t unit_bytes(const Format& format, int32_t K) {
   if (is_float(format)) return static_cast<size_t>(K) * element_bytes(format);
-  if (format.storage == Storage::codes) return panel_layout(format, K).bytes;
+  if (format.storage == Storage::codes) return codes_layout(format, K).bytes;
   if (format.storage == Storage::table) return table_layout(format, K).bytes;
   const auto [weights, bytes] = block_shape(format);
   if (K % weights != 0)
@@ -340,9 +343,14 @@ size_t input_bytes(const InputFormat& input, int32_t K) {
 }
 
 bool has_finite_scales(const Format& format, int32_t K, const void* unit) {
-  if (format.storage == Storage::codes)
-    return are_finite_scales(format.scale, static_cast<const uint8_t*>(unit),
-                             int64_t{panel_layout(format, K).num_groups} * kPanelOutputs);
+  if (format.storage == Storage::codes) {
+    const CodesLayout layout = codes_layout(format, K);
+    const auto* group = static_cast<const uint8_t*>(unit);
+    bool finite = true;
+    for (int32_t i = 0; i < layout.num_groups; ++i, group += layout.group_bytes)
+      finite &= are_finite_scales(format.scale, group, int64_t{kPanels} * kPanelOutputs);
+    return finite;
+  }
   const int64_t num_blocks = int64_t{K} / block_shape(format).first * kPanelOutputs;
   switch (format.storage) {
     case Storage::q4_0:

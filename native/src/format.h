@@ -1,7 +1,7 @@
 // How a matrix is stored and what its inputs are rounded to before they are multiplied.
 //
 // Row-major formats are read where a file is mapped. `codes` lie in panels of 16 outputs, so that
-// a vector's lanes are outputs: see PanelLayout. `table` and `blocks` are compressed bfloat16: what
+// a vector's lanes are outputs: see CodesLayout. `table` and `blocks` are compressed bfloat16: what
 // they mean is the matrix of bfloat16 that they decode to.
 #pragma once
 
@@ -62,19 +62,23 @@ struct Format {
 };
 
 constexpr int kPanelOutputs = 16;
+constexpr int kPanels = 4;       // that lie together
 constexpr int kStepInputs = 32;  // inputs whose codes lie together
 
-// A panel of 16 outputs: scales [groups][16], zeros [groups][16] bytes, then from a multiple of 64
-// bytes on the codes, `bits` vectors of 64 bytes for each 32 inputs k. Byte 4 o + i of a vector
-// holds codes of output o and inputs k = 4 j + i:
+// A unit of four panels of 16 outputs, one stretch of memory that is read from its start to its
+// end: for each group of inputs scales [4][16], zeros [4][16] bytes, and the codes of its steps of
+// 32 inputs, [bits][4] vectors of 64 bytes. Byte 4 o + i of a vector holds codes of output o of its
+// panel and inputs k = 4 j + i:
 //   8 bits: vector j.           4 bits: vector v, low half j = v, high half j = v + 4.
 //   2 bits: vector v, bits 2 c: j = v + 2 c.
 //   3 bits: two vectors as for 2 bits, then one whose bit j is the third bit.
-struct PanelLayout {
-  int32_t num_groups;
-  size_t zeros_at, codes_at, bytes;
+// All parts are multiples of 64 bytes.
+struct CodesLayout {
+  int32_t num_groups, group_steps;
+  size_t zeros_at, codes_at;  // in a group
+  size_t step_bytes, group_bytes, bytes;
 };
-PanelLayout panel_layout(const Format& format, int32_t K);
+CodesLayout codes_layout(const Format& format, int32_t K);
 
 // A row of a table: a float32 factor if scales are e4m3, or 2^bits bfloat16 values if they are its
 // own; then blocks, each of its scales and the codes of their weights; then as many uint16 columns

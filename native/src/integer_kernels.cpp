@@ -15,8 +15,8 @@ namespace {
 
 // Rows that share unpacked codes, by the registers there are.
 constexpr int kTileRows = VIVACE_LEVEL >= 2 ? 8 : 4;
-// Up to kWideRows rows, several panels at once make several streams from memory.
-constexpr int kWideRows = 4, kWidePanels = 4;
+// Up to kWideRows rows meet all panels of a unit at once, in the order in which memory has them.
+constexpr int kWideRows = 4;
 
 VIVACE_INLINE F32x16 load_scales(ScaleType type, const uint8_t* p) {
   switch (type) {
@@ -40,46 +40,55 @@ VIVACE_INLINE F32x16 load_scales(ScaleType type, const uint8_t* p) {
 
 template <int kCodeBits>
 struct Panels {
-  static constexpr int kBits = kCodeBits;
+  static constexpr int kBits = kCodeBits, kUnitPanels = kPanels;
   static constexpr int kGroup = 0, kMaxCode = (1 << kBits) - 1;
   static constexpr bool kHasMinimum = false;
 
-  const uint8_t* panel;
-  PanelLayout layout;
+  const uint8_t *scales, *zeros, *codes;  // of this panel and the first group
+  size_t head_bytes, group_bytes;
+  int group_shift;  // of steps
   ScaleType scale_type;
   bool has_zeros, is_row;  // is_row: one scale for all of K
 
   Panels() = default;
-  Panels(const Format& format, int32_t K, const void* unit)
-      : panel(static_cast<const uint8_t*>(unit)),
-        layout(panel_layout(format, K)),
-        scale_type(format.scale),
-        has_zeros(format.has_zeros),
-        is_row(format.group == 0) {}
+  Panels(const Format& format, int32_t K, const void* unit, int panel)
+      : scale_type(format.scale), has_zeros(format.has_zeros), is_row(format.group == 0) {
+    const CodesLayout layout = codes_layout(format, K);
+    const auto* first = static_cast<const uint8_t*>(unit);
+    scales = first + static_cast<size_t>(panel) * kPanelOutputs * scale_bytes(format.scale);
+    zeros = first + layout.zeros_at + panel * kPanelOutputs;
+    codes = first + layout.codes_at + panel * 64;
+    head_bytes = layout.codes_at;
+    group_bytes = layout.group_bytes;
+    group_shift = is_row ? 31 : __builtin_ctz(static_cast<unsigned>(layout.group_steps));
+  }
+
+  static constexpr int kVectorStride = kPanels * 64;
 
   VIVACE_MEMBER void unpack(int step, Bytes64* codes) {
-    const uint8_t* p = panel + layout.codes_at + static_cast<size_t>(step) * kBits * 64;
+    const uint8_t* p = this->codes + static_cast<size_t>(step >> group_shift) * head_bytes +
+                       static_cast<size_t>(step) * kBits * kVectorStride;
     if constexpr (kBits == 8) {
       VIVACE_UNROLL
-      for (int j = 0; j < 8; ++j) codes[j] = load_bytes(p + 64 * j);
+      for (int j = 0; j < 8; ++j) codes[j] = load_bytes(p + kVectorStride * j);
     } else if constexpr (kBits == 4) {
       VIVACE_UNROLL
       for (int v = 0; v < 4; ++v) {
-        const Bytes64 raw = load_bytes(p + 64 * v);
+        const Bytes64 raw = load_bytes(p + kVectorStride * v);
         codes[v] = bits_at<0, 15>(raw);
         codes[v + 4] = bits_at<4, 15>(raw);
       }
     } else {
       VIVACE_UNROLL
       for (int v = 0; v < 2; ++v) {
-        const Bytes64 raw = load_bytes(p + 64 * v);
+        const Bytes64 raw = load_bytes(p + kVectorStride * v);
         codes[v] = bits_at<0, 3>(raw);
         codes[v + 2] = bits_at<2, 3>(raw);
         codes[v + 4] = bits_at<4, 3>(raw);
         codes[v + 6] = bits_at<6, 3>(raw);
       }
       if constexpr (kBits == 3) {
-        const Bytes64 high = load_bytes(p + 128);
+        const Bytes64 high = load_bytes(p + kVectorStride * 2);
         codes[0] = or_bit<0, 2>(codes[0], high);
         codes[1] = or_bit<1, 2>(codes[1], high);
         codes[2] = or_bit<2, 2>(codes[2], high);
@@ -93,8 +102,7 @@ struct Panels {
   }
 
   VIVACE_MEMBER F32x16 scale_at(int group) const {
-    return load_scales(scale_type, panel + static_cast<size_t>(group) * kPanelOutputs *
-                                               scale_bytes_of(scale_type));
+    return load_scales(scale_type, scales + static_cast<size_t>(group) * group_bytes);
   }
   VIVACE_MEMBER F32x16 scale(int group) const { return is_row ? set1(1.0f) : scale_at(group); }
   // What a row's whole sum is multiplied with in the end.
@@ -103,26 +111,22 @@ struct Panels {
   // What sums start from, by an input's offset.
   VIVACE_MEMBER I32x16 start(int group, I32x16 offset) const {
     if (!has_zeros) return offset;
-    const uint8_t* zeros = panel + layout.zeros_at + static_cast<size_t>(is_row ? 0 : group) * 16;
-    return multiply_i32(offset, load_u8(zeros));
+    const size_t at = is_row ? 0 : static_cast<size_t>(group) * group_bytes;
+    return multiply_i32(offset, load_u8(zeros + at));
   }
   VIVACE_MEMBER F32x16 minimum(int) const { return zero(); }
-
- private:
-  VIVACE_INLINE size_t scale_bytes_of(ScaleType type) {
-    return type == ScaleType::float32 ? 4 : type == ScaleType::e8m0 ? 1 : 2;
-  }
 };
 
 // 16 rows of blocks, read where a file has them and transposed on the way.
 template <class Block>
 struct Rows {
+  static constexpr int kUnitPanels = 1;
   static constexpr bool kHasMinimum = false;
   const char* rows;
   size_t stride;
 
   Rows() = default;
-  Rows(const Format&, int32_t K, const void* unit)
+  Rows(const Format&, int32_t K, const void* unit, int)
       : rows(static_cast<const char*>(unit)),
         stride(static_cast<size_t>(K / Block::kWeights) * sizeof(Block)) {}
 
@@ -296,19 +300,15 @@ struct Unpacked {
 
 constexpr int kUnpackTiles = 3;  // of rows, from which on blocks are taken apart once
 
-// Brings the panels that come next into the second-level cache, a share with every step.
+// Brings what comes next into the second-level cache, a share with every step.
 struct Ahead {
-  const char* panels;
-  size_t stride;     // from panel to panel
-  size_t at, until;  // bytes of each that are asked for, and to be so by the end of a step
+  const char* from;
+  size_t at, until;  // bytes that are asked for, and to be so by the end of a step
   size_t per_step;   // 0: there is nothing to bring
 
-  template <int P>
   VIVACE_MEMBER void advance() {
     until += per_step;
-    for (; at < until; at += 64) VIVACE_UNROLL
-    for (int p = 0; p < P; ++p)
-      __builtin_prefetch(panels + static_cast<size_t>(p) * stride + at, 0, 2);
+    for (; at < until; at += 64) __builtin_prefetch(from + at, 0, 2);
   }
 };
 
@@ -377,8 +377,7 @@ struct TileRows {
   }
 };
 
-// T rows of inputs times P panels, one after the other within each step: memory then has as many
-// streams to read.
+// T rows of inputs times P panels, one after the other within each step.
 template <class Source, int T, int P>
 [[gnu::noinline]] void multiply_tile(const Source* panels, const Tile& tile) {
   Source sources[P];
@@ -402,7 +401,7 @@ template <class Source, int T, int P>
   if constexpr (Source::kGroup == 16) {
     for (int step = 0; step < num_steps; ++step) {
       rows.template forget<T>();
-      ahead.template advance<P>();
+      ahead.advance();
       VIVACE_UNROLL
       for (int p = 0; p < P; ++p) {
         sources[p].unpack(step, codes);
@@ -423,7 +422,7 @@ template <class Source, int T, int P>
   } else if (Source::kGroup == 32 || tile.input_group == 32) {
     for (int step = 0; step < num_steps; ++step) {
       rows.template forget<T>();
-      ahead.template advance<P>();
+      ahead.advance();
       VIVACE_UNROLL
       for (int p = 0; p < P; ++p) {
         sources[p].unpack(step, codes);
@@ -451,7 +450,7 @@ template <class Source, int T, int P>
       const int end = step + steps_per_group < num_steps ? step + steps_per_group : num_steps;
       for (; step < end; ++step) {
         rows.template forget<T>();
-        ahead.template advance<P>();
+        ahead.advance();
         VIVACE_UNROLL
         for (int p = 0; p < P; ++p) {
           sources[p].unpack(step, codes);
@@ -512,95 +511,137 @@ void multiply_rows(int T, const Source* panel, const Tile& tile) {
 }
 
 #if VIVACE_LEVEL >= 3
-// One row times kWidePanels panels that lie `unit` bytes apart: what decoding does most, so with as
-// few instructions a byte as can be. Codes are multiplied where they lie in their bytes; sums of
-// those in upper bits are multiples of their place, and shifted down at a group's end.
-template <int kBits, bool kIsUsual>
-[[gnu::noinline]] void multiply_row(Panels<kBits> panels, size_t unit, const Tile& tile) {
-  if (kIsUsual) {
-    panels.scale_type = ScaleType::float16;
-    panels.has_zeros = panels.is_row = false;
-  }
-  constexpr int P = kWidePanels, kFields = 8 / kBits;
-  const TileRows row(tile);
-  const char* first = reinterpret_cast<const char*>(panels.panel);
-  const char* ahead = tile.ahead.panels == nullptr ? first : tile.ahead.panels;
-  size_t units = unit, three_units = 3 * unit;
-  const auto offset = [&](int p) { return p == 3 ? three_units : p * units; };
-  F32x16 acc[P];
-  for (F32x16& one : acc) one = zero();
+// Few rows times a unit of codes: what decoding does most, so with as few instructions a byte as can
+// be. Where the registers suffice, codes are multiplied where they lie in their bytes: sums of those
+// in upper bits are multiples of their place, and shifted down at a group's end.
+// kIsUsual: groups of 32 with float16 scales.
+template <int kBits, bool kIsUsual, int T>
+[[gnu::noinline]] void multiply_unit(const Format& format, const void* unit, const Tile& tile) {
+  // Of 3 bits two are together, and the third elsewhere.
+  constexpr int kPlaceBits = kBits == 3 ? 2 : kBits, kPlaces = 8 / kPlaceBits;
+  constexpr int kMask = (1 << kPlaceBits) - 1;
+  constexpr int kSums = kBits != 3 && T * kPlaces <= 4 ? kPlaces : 1;  // one for each place?
+  constexpr int P = T <= 2 ? kPanels : 2;                              // panels at once
+  const ScaleType scale_type = kIsUsual ? ScaleType::float16 : format.scale;
+  const bool has_zeros = !kIsUsual && format.has_zeros, is_row = !kIsUsual && format.group == 0;
+  const CodesLayout layout = codes_layout(format, tile.K);
+  const size_t scale_stride = kPanelOutputs * scale_bytes(scale_type);
+  TileRows rows(tile);
+  const auto* first = static_cast<const uint8_t*>(unit);
+  const uint8_t* group_at = first;
+  F32x16 acc[kPanels][T];
+  for (auto& panel : acc)
+    for (F32x16& one : panel) one = zero();
   const int num_steps = (tile.K + kStepInputs - 1) / kStepInputs;
   const int steps_per_group = kIsUsual ? 1 : tile.input_group / kStepInputs;
   for (int step = 0, group = 0; step < num_steps; ++group) {
-    const InputScale& input = row.scale(0, group);
-    Panels<kBits> panel = panels;
-    F32x16 scales[P];
-    I32x16 sums[P][kFields];
+    const size_t head = is_row && group > 0 ? 0 : layout.codes_at;
+    const uint8_t* zeros = (is_row ? first : group_at) + layout.zeros_at;
+    const int count =
+        kIsUsual || steps_per_group < num_steps - step ? steps_per_group : num_steps - step;
+    rows.template forget<T>();
     VIVACE_UNROLL
-    for (int p = 0; p < P; ++p, panel.panel += unit) {
-      scales[p] = mul(panel.scale(group), set1(input.scale));
+    for (int half = 0; half < kPanels; half += P) {
+      I32x16 sums[P][T][kSums];
       VIVACE_UNROLL
-      for (int i = 0; i < kFields; ++i)
-        sums[p][i] = i == 0 ? panel.start(group, set1_i32(input.offset)) : set1_i32(0);
-    }
-    const int end = kIsUsual ? step + 1 : std::min(step + steps_per_group, num_steps);
-    for (; step < end; ++step) {
-      __asm__("" : "+r"(units), "+r"(three_units));
-      const size_t at = panels.layout.codes_at + static_cast<size_t>(step) * kBits * 64;
-      const int8_t* x = row.input(0, step);
-      VIVACE_UNROLL
-      for (int v = 0; v < kBits; ++v) VIVACE_UNROLL
-      for (int p = 0; p < P; ++p) {
-        Bytes64 raw = load_bytes(first + at + offset(p) + 64 * v);
-        __asm__ volatile("prefetcht1 %1" : "+v"(raw.v) : "m"(*(ahead + at + offset(p) + 64 * v)));
+      for (int p = 0; p < P; ++p) VIVACE_UNROLL
+      for (int r = 0; r < T; ++r) {
+        sums[p][r][0] = set1_i32(rows.scale(r, group).offset);
+        if (has_zeros)
+          sums[p][r][0] =
+              multiply_i32(sums[p][r][0], load_u8(zeros + (half + p) * kPanelOutputs));
         VIVACE_UNROLL
-        for (int i = 0; i < kFields; ++i) {
-          const Bytes64 code = kFields == 1 ? raw : masked(raw, ((1 << kBits) - 1) << kBits * i);
-          dot<1, 1, 255>(&sums[p][i], &code, [&](int) { return x + 4 * (v + kBits * i); });
+        for (int i = 1; i < kSums; ++i) sums[p][r][i] = set1_i32(0);
+      }
+      const uint8_t* at = group_at + head + half * 64;
+      for (int s = 0; s < count; ++s, at += kPanels * kBits * 64) {
+        VIVACE_UNROLL
+        for (int v = 0; v < kPlaceBits; ++v) VIVACE_UNROLL
+        for (int p = 0; p < P; ++p) {
+          Bytes64 raw = load_bytes(at + (v * kPanels + p) * 64);
+          __asm__("" : "+v"(raw.v));  // keeps it in a register: loads are scarce
+          VIVACE_UNROLL
+          for (int i = 0; i < kPlaces; ++i) {
+            const int j = v + kPlaceBits * i;
+            Bytes64 code = kSums > 1     ? masked(raw, kMask << kPlaceBits * i)
+                           : kPlaces > 1 ? shifted(raw, kPlaceBits * i, kMask)
+                                         : raw;
+            if constexpr (kBits == 3)
+              code = with_bit(code, load_bytes(at + (2 * kPanels + p) * 64), j, 2);
+            VIVACE_UNROLL
+            for (int r = 0; r < T; ++r)
+              dot<1, 1, 255>(&sums[p][r][kSums > 1 ? i : 0], &code,
+                             [&](int) { return rows.input(r, step + s) + 4 * j; });
+          }
+        }
+      }
+      VIVACE_UNROLL
+      for (int p = 0; p < P; ++p) {
+        const F32x16 scale = is_row ? set1(1.0f)
+                                    : load_scales(scale_type, group_at + (half + p) * scale_stride);
+        VIVACE_UNROLL
+        for (int r = 0; r < T; ++r) {
+          I32x16 sum = sums[p][r][0];
+          VIVACE_UNROLL
+          for (int i = 1; i < kSums; ++i)
+            sum = add_i32(sum, shift_right(sums[p][r][i], kPlaceBits * i));
+          acc[half + p][r] = fma(to_float(sum), mul(scale, set1(rows.scale(r, group).scale)),
+                                 acc[half + p][r]);
         }
       }
     }
+    step += count;
+    group_at += head + static_cast<size_t>(count) * kPanels * kBits * 64;
+  }
+  VIVACE_UNROLL
+  for (int p = 0; p < kPanels; ++p) {
+    const F32x16 scale = is_row ? load_scales(scale_type, first + p * scale_stride) : set1(1.0f);
     VIVACE_UNROLL
-    for (int p = 0; p < P; ++p) {
-      I32x16 sum = sums[p][0];
-      VIVACE_UNROLL
-      for (int i = 1; i < kFields; ++i) sum = add_i32(sum, shift_right(sums[p][i], kBits * i));
-      acc[p] = fma(to_float(sum), scales[p], acc[p]);
+    for (int r = 0; r < T; ++r) {
+      F32x16 out = mul(acc[p][r], scale);
+      if (tile.bias != nullptr) out = add(out, load(tile.bias + p * kPanelOutputs));
+      store(tile.y + r * tile.ldy + p * kPanelOutputs, out);
     }
   }
-  Panels<kBits> panel = panels;
-  for (int p = 0; p < P; ++p, panel.panel += unit) {
-    F32x16 out = mul(acc[p], panel.row_scale());
-    if (tile.bias != nullptr) out = add(out, load(tile.bias + p * kPanelOutputs));
-    store(tile.y + p * kPanelOutputs, out);
-  }
+}
+
+template <int kBits, int T>
+void multiply_unit(const Format& format, const void* unit, const Tile& tile) {
+  const bool is_usual =
+      format.group == kStepInputs && format.scale == ScaleType::float16 && !format.has_zeros;
+  return is_usual ? multiply_unit<kBits, true, T>(format, unit, tile)
+                  : multiply_unit<kBits, false, T>(format, unit, tile);
 }
 #endif
 
-// The same for kWidePanels panels and few rows.
-template <class Source>
-void multiply_wide(int T, const Source* panels, const Tile& tile) {
+// Up to kWideRows rows times a unit of codes.
+template <int kBits>
+void multiply_wide(int T, const Format& format, const void* unit, const Tile& tile) {
 #if VIVACE_LEVEL >= 3
-  if constexpr (Source::kGroup == 0 && Source::kMaxCode != 7) {
-    if (T == 1) {
-      const size_t unit = panels[1].panel - panels[0].panel;
-      const bool is_usual = panels[0].scale_type == ScaleType::float16 && !panels[0].has_zeros &&
-                            tile.input_group == kStepInputs;
-      return is_usual ? multiply_row<Source::kBits, true>(panels[0], unit, tile)
-                      : multiply_row<Source::kBits, false>(panels[0], unit, tile);
-    }
-  }
-#endif
   switch (T) {
     case 4:
-      return multiply_tile<Source, 4, kWidePanels>(panels, tile);
+      return multiply_unit<kBits, 4>(format, unit, tile);
     case 3:
-      return multiply_tile<Source, 3, kWidePanels>(panels, tile);
+      return multiply_unit<kBits, 3>(format, unit, tile);
     case 2:
-      return multiply_tile<Source, 2, kWidePanels>(panels, tile);
+      return multiply_unit<kBits, 2>(format, unit, tile);
     default:
-      return multiply_tile<Source, 1, kWidePanels>(panels, tile);
+      return multiply_unit<kBits, 1>(format, unit, tile);
   }
+#else
+  Panels<kBits> panels[kPanels];
+  for (int p = 0; p < kPanels; ++p) panels[p] = Panels<kBits>(format, tile.K, unit, p);
+  switch (T) {
+    case 4:
+      return multiply_tile<Panels<kBits>, 4, kPanels>(panels, tile);
+    case 3:
+      return multiply_tile<Panels<kBits>, 3, kPanels>(panels, tile);
+    case 2:
+      return multiply_tile<Panels<kBits>, 2, kPanels>(panels, tile);
+    default:
+      return multiply_tile<Panels<kBits>, 1, kPanels>(panels, tile);
+  }
+#endif
 }
 
 // All rows of an item times one panel; tiles share them evenly.
@@ -630,28 +671,31 @@ void multiply_as(const Format& format, const LinearItem& item) {
   tile.x_stride = item.x_stride;
   tile.ldy = item.ldy;
   const size_t steps = (static_cast<size_t>(item.K) + kStepInputs - 1) / kStepInputs;
+  constexpr int kUnitOutputs = Source::kUnitPanels * kPanelOutputs;
+  const auto unit_of = [&](int n) { return weight + static_cast<size_t>(n / kUnitOutputs) * unit; };
+  // Panels from output n on are next; while they are read, their share of the unit after them is
+  // brought.
   const auto aim = [&](int n, int panels) {
     tile.outputs = item.rows - n;
     tile.bias = item.bias == nullptr ? nullptr : item.bias + n;
     tile.y = item.y + n;
-    const char* next = n + panels * kPanelOutputs < item.rows
-                           ? weight + static_cast<size_t>(n / kPanelOutputs + panels) * unit
-                           : static_cast<const char*>(item.next);
-    tile.ahead = {next, unit, 0, 0, next == nullptr ? 0 : unit / steps};
+    const int after = (n / kUnitOutputs + 1) * kUnitOutputs;
+    const auto* next = after < item.rows ? unit_of(after) : static_cast<const char*>(item.next);
+    const size_t share = unit / Source::kUnitPanels * panels;
+    const size_t panel = static_cast<size_t>(n % kUnitOutputs) / kPanelOutputs;
+    tile.ahead = {next, panel * share, panel * share, next == nullptr ? 0 : share / steps};
   };
   int n = 0;
   if constexpr (Source::kGroup == 0) {
-    const int width = item.M <= kWideRows ? kWidePanels * kPanelOutputs : item.rows + 1;
-    for (; n + width <= item.rows; n += width) {
-      Source sources[kWidePanels];
-      for (int p = 0; p < kWidePanels; ++p)
-        sources[p] = Source(format, item.K, weight + (n / kPanelOutputs + p) * unit);
-      aim(n, kWidePanels);
-      multiply_wide(item.M, sources, tile);
+    if (item.M <= kWideRows) {
+      for (; n + kUnitOutputs <= item.rows; n += kUnitOutputs) {
+        aim(n, kPanels);
+        multiply_wide<Source::kBits>(item.M, format, unit_of(n), tile);
+      }
     }
   }
   for (; n < item.rows; n += kPanelOutputs) {
-    const Source source(format, item.K, weight + n / kPanelOutputs * unit);
+    const Source source(format, item.K, unit_of(n), n % kUnitOutputs / kPanelOutputs);
     aim(n, 1);
     if constexpr (Source::kGroup != 0) {
       if (tiles >= kUnpackTiles) {
@@ -733,7 +777,8 @@ void prepare(const InputFormat& format, int32_t K, int32_t from, int32_t to, con
 template <class Source>
 void read_row(const Format& format, int32_t K, const void* unit, int output, float factor,
               float* y) {
-  Source source(format, K, unit);
+  Source source(format, K, unit, output / kPanelOutputs);
+  output %= kPanelOutputs;
   const float row_scale = [&] {
     float lanes[16];
     store(lanes, source.row_scale());

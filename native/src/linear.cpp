@@ -69,20 +69,22 @@ int64_t num_items(const LinearJob& job) {
   return items;
 }
 
-// `offset`: of the part's outputs in a row of y.
+// Where outputs from `row` on lie, null if there is none.
+const char* address(const LinearPart& part, int32_t K, int32_t row) {
+  if (row >= part.rows) return nullptr;
+  const auto units = static_cast<size_t>(row / unit_outputs(part.format));
+  return static_cast<const char*>(part.weight) + units * unit_bytes(part.format, K);
+}
+
+// `offset`: of the part's outputs in a row of y. `next`: where this thread will read on.
 void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& part, int64_t offset,
-              const OutputRange& range, int64_t ahead) {
+              const OutputRange& range, const void* next) {
   const Format& format = part.format;
-  const size_t unit = unit_bytes(format, job.K);
-  const int32_t outputs = unit_outputs(format);
-  const auto address = [&](int64_t row) {
-    return static_cast<const char*>(part.weight) + static_cast<size_t>(row / outputs) * unit;
-  };
   thread_local Buffer<char> scratch;
   scratch.reserve(scratch_bytes(format, job.K));
   LinearItem work;
   work.K = job.K;
-  work.weight = address(range.first);
+  work.weight = address(part, job.K, range.first);
   work.bias = part.bias ? part.bias + range.first : nullptr;
   work.rows = range.last - range.first;
   work.x = static_cast<const char*>(job.x) + range.first_row * job.x_stride + part.input_at;
@@ -91,7 +93,7 @@ void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& pa
   work.y = job.y + range.first_row * job.ldy + offset + range.first;
   work.ldy = job.ldy;
   work.scratch = scratch.data();
-  work.next = ahead + kPanelOutputs > part.rows ? nullptr : address(ahead);
+  work.next = next;
   if (is_float(format))
     kernels.linear->multiply(format, work);
   else if (is_decoded(format))
@@ -100,7 +102,7 @@ void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& pa
     kernels.integer->multiply(format, work);
 }
 
-void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int threads, int thread) {
+void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int thread) {
   int32_t index = 0;
   int64_t offset = 0;
   Cut cuts = cut(job, job.parts[0]);
@@ -117,10 +119,14 @@ void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int th
   range.last = std::min(range.first + cuts.item_outputs, part.rows);
   range.first_row = static_cast<int32_t>(item % cuts.row_blocks) * cuts.item_rows;
   range.last_row = std::min(range.first_row + cuts.item_rows, job.M);
-  // Items are claimed in order, so with every thread at work this one's next is `threads` further.
-  const int64_t ahead = int64_t{range.first} + int64_t{cuts.item_outputs} * threads;
-  multiply(kernels, job, part, offset, range, ahead);
-  if (job.is_paired) multiply(kernels, job, job.parts[1], part.rows, range, ahead);
+  const char* next = address(part, job.K, range.last);
+  if (job.is_paired) {
+    const LinearPart& other = job.parts[1];
+    multiply(kernels, job, part, offset, range, address(other, job.K, range.first));
+    multiply(kernels, job, other, part.rows, range, next);
+  } else {
+    multiply(kernels, job, part, offset, range, next);
+  }
   if (job.then) (*job.then)(range, thread);
 }
 
@@ -165,7 +171,7 @@ void linear(const Kernels& kernels, Pool& pool, LinearJob* jobs, int64_t num_job
     const LinearJob* next =
         std::upper_bound(jobs, jobs + num_jobs, item,
                          [](int64_t at, const LinearJob& job) { return at < job.first_item; });
-    run_item(kernels, next[-1], item - next[-1].first_item, pool.threads(), thread);
+    run_item(kernels, next[-1], item - next[-1].first_item, thread);
   });
 }
 

@@ -10,19 +10,20 @@ namespace vivace {
 
 class Pool;
 
-// Up to 16 rows of a matrix, and the panel that they become.
+// Up to 16 rows of a matrix, and the panel of a unit that they become.
 struct PackItem {
   Storage storage;      // float32, bfloat16 or float16
   const void* weights;  // [rows][K]
   int32_t rows, K;
-  uint8_t* panel;
+  uint8_t* unit;
+  int panel;
 };
 
 // Defined in pack_kernels.cpp, once per instruction set. All give the same bits.
 struct PackKernels {
   // Returns false if a group of finite weights has a scale that is not finite as stored; where
   // weights are not finite, neither is their scale. Must run with denormals kept.
-  bool (*pack_panel)(const Format& format, const PanelLayout& layout, const PackItem& item);
+  bool (*pack_panel)(const Format& format, const CodesLayout& layout, const PackItem& item);
 };
 
 // A 64-bit sum over bytes. It depends on nothing but them; every change of up to 8 adjacent bytes

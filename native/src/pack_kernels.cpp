@@ -131,7 +131,7 @@ struct Rounding {
   }
 };
 
-// `bits` vectors as PanelLayout says, of eight vectors of codes, one a byte.
+// `bits` vectors as CodesLayout says, of eight vectors of codes, one a byte.
 VIVACE_INLINE void squeeze(int bits, const uint32_t (&codes)[8][kLanes], uint8_t* out) {
   uint32_t packed[8][kLanes];
   for (int i = 0; i < kLanes; ++i) {
@@ -150,7 +150,7 @@ VIVACE_INLINE void squeeze(int bits, const uint32_t (&codes)[8][kLanes], uint8_t
       }
     }
   }
-  __builtin_memcpy(out, packed, static_cast<size_t>(bits) * 64);
+  for (int v = 0; v < bits; ++v) __builtin_memcpy(out + v * kPanels * 64, packed[v], 64);
 }
 
 VIVACE_INLINE void encode_step(const Format& format, const Rounding& rounding, const Step& step,
@@ -171,8 +171,8 @@ VIVACE_INLINE void encode_step(const Format& format, const Rounding& rounding, c
 }
 
 // Stores the scales and zeros of a group; returns false as pack_panel does.
-VIVACE_INLINE bool choose_scales(const Format& format, const PanelLayout& layout, Range range,
-                                 int32_t group, uint8_t* panel, Rounding& rounding) {
+VIVACE_INLINE bool choose_scales(const Format& format, Range range, uint8_t* scales,
+                                 uint8_t* stored_zeros, Rounding& rounding) {
   const float middle = static_cast<float>(1 << (format.bits - 1));
   const float high = static_cast<float>((1 << format.bits) - 1);
   F32x16 wanted;
@@ -186,8 +186,7 @@ VIVACE_INLINE bool choose_scales(const Format& format, const PanelLayout& layout
     wanted = div(extreme, set1(-middle));
   }
   wanted = add(wanted, range.not_finite);
-  const size_t at = static_cast<size_t>(group) * kPanelOutputs;
-  const F32x16 scale = store_scales(format, wanted, panel + at * scale_bytes(format.scale));
+  const F32x16 scale = store_scales(format, wanted, scales);
   const F32x16 size = abs(scale);
   const F32x16 inverse = select(less(size, set1(0x1p-126f)), zero(), div(set1(1.0f), scale));
   rounding = {inverse, set1(middle), high};
@@ -196,7 +195,7 @@ VIVACE_INLINE bool choose_scales(const Format& format, const PanelLayout& layout
     alignas(64) float zeros[kLanes];
     store(zeros, rounding.zero_point);
     for (int i = 0; i < kLanes; ++i)
-      panel[layout.zeros_at + at + i] = static_cast<uint8_t>(static_cast<int>(zeros[i]));
+      stored_zeros[i] = static_cast<uint8_t>(static_cast<int>(zeros[i]));
   }
   alignas(64) float sizes[kLanes], not_finite[kLanes];
   store(sizes, size);
@@ -206,17 +205,17 @@ VIVACE_INLINE bool choose_scales(const Format& format, const PanelLayout& layout
   return fits;
 }
 
-bool pack_panel(const Format& format, const PanelLayout& layout, const PackItem& item) {
-  const int32_t num_steps = (item.K + kStepInputs - 1) / kStepInputs;
-  const int32_t group_steps = format.group == 0 ? num_steps : format.group / kStepInputs;
+bool pack_panel(const Format& format, const CodesLayout& layout, const PackItem& item) {
+  const int32_t group_steps = layout.group_steps;
   const bool is_kept = group_steps <= kMaxSteps;
-  const size_t step_bytes = static_cast<size_t>(format.bits) * 64;
-  uint8_t* codes = item.panel + layout.codes_at;
-  // Between the scales and the codes nothing is left unset.
-  __builtin_memset(item.panel, 0, layout.codes_at);
+  const size_t panel = static_cast<size_t>(item.panel);
+  const size_t scales_at = panel * kPanelOutputs * scale_bytes(format.scale);
+  const size_t zeros_at = layout.zeros_at + panel * kPanelOutputs;
+  const size_t codes_at = layout.codes_at + panel * 64;
   Step steps[kMaxSteps];
   bool fits = true;
   for (int32_t group = 0; group < layout.num_groups; ++group) {
+    uint8_t* out = item.unit + static_cast<size_t>(group) * layout.group_bytes;
     const int32_t first = group * group_steps;
     Range range = {set1(infinity()), set1(-infinity()), zero()};
     for (int32_t i = 0; i < group_steps; ++i) {
@@ -225,13 +224,13 @@ bool pack_panel(const Format& format, const PanelLayout& layout, const PackItem&
       range.take(step);
     }
     Rounding rounding;
-    fits &= choose_scales(format, layout, range, group, item.panel, rounding);
+    fits &= choose_scales(format, range, out + scales_at, out + zeros_at, rounding);
     for (int32_t i = 0; i < group_steps; ++i) {
       Step& step = steps[is_kept ? i : 0];
       const int32_t at = (first + i) * kStepInputs;
       if (!is_kept) load_step(item, at, step);
       encode_step(format, rounding, step, item.rows, item.K - at,
-                  codes + static_cast<size_t>(first + i) * step_bytes);
+                  out + codes_at + static_cast<size_t>(i) * layout.step_bytes);
     }
   }
   return fits;

@@ -1,7 +1,8 @@
-// A pool of threads that claim numbered work items in any order.
+// A pool of threads that claim numbered work items: each those of its own share in order, which
+// makes long runs through memory, then what is left of others'.
 //
-// One 64-bit word holds the job's number and how many items are left, so a thread that comes late
-// can claim only an item that belongs to the job it sees; it is never waited for.
+// A share's 64-bit word holds the job's number and how many items are left, so a thread that comes
+// late can claim only an item that belongs to the job it sees; it is never waited for.
 #include "pool.h"
 
 #include <pthread.h>
@@ -131,8 +132,15 @@ int default_threads() {
 
 // ---------------------------------------------------------------- the pool
 
-struct Pool::State {
+// Consecutive items that one thread claims first.
+struct alignas(64) Share {
   std::atomic<uint64_t> word{0};  // number of the job << 32 | items left to claim
+  int64_t end = 0;
+};
+
+struct Pool::State {
+  std::vector<Share> shares;
+  std::atomic<uint64_t> job{0};  // number of the newest
   alignas(64) std::atomic<int64_t> done{0};
   alignas(64) std::atomic<int32_t> sleepers{0};
   std::atomic<uint32_t> wakeups{0};
@@ -143,9 +151,10 @@ struct Pool::State {
   std::mutex mutex;  // one job at a time
   std::vector<std::thread> workers;
 
-  void start(int threads);
+  explicit State(int threads) : shares(static_cast<size_t>(threads)) {}
+  void start();
   void stop();
-  int64_t work(uint64_t job, int thread);
+  int64_t work(uint64_t number, int thread);
   void run_worker(int thread);
   uint64_t await_job(uint64_t last);
 };
@@ -192,15 +201,14 @@ struct PoolList {
 void Pool::after_fork_in_child() {
   // The old state may be locked or in use by threads that are gone: it is abandoned, not freed.
   for (Pool* pool = PoolList::get().first; pool != nullptr; pool = pool->next_)
-    pool->state_ = new State;
+    pool->state_ = new State(pool->threads_);
 }
 
-Pool::Pool(int threads) : threads_(threads == 0 ? default_threads() : threads), state_(new State) {
-  if (threads_ < 1 || threads_ > 1024) {
-    delete state_;
+Pool::Pool(int threads) : threads_(threads == 0 ? default_threads() : threads) {
+  if (threads_ < 1 || threads_ > 1024)
     throw std::invalid_argument("threads is " + std::to_string(threads) +
                                 ": expected a whole number from 1 to 1024, or 0 for the default");
-  }
+  state_ = new State(threads_);
   PoolList& list = PoolList::get();
   std::lock_guard lock(list.mutex);
   next_ = list.first;
@@ -219,8 +227,8 @@ Pool::~Pool() {
   delete state_;
 }
 
-void Pool::State::start(int threads) {
-  for (int thread = 1; thread < threads; ++thread)
+void Pool::State::start() {
+  for (int thread = 1; thread < static_cast<int>(shares.size()); ++thread)
     workers.emplace_back([this, thread] { run_worker(thread); });
 }
 
@@ -232,43 +240,42 @@ void Pool::State::stop() {
 }
 
 // Claims and runs items of `job` until none is left; returns how many it ran.
-int64_t Pool::State::work(uint64_t job, int thread) {
+int64_t Pool::State::work(uint64_t number, int thread) {
   int64_t count = 0;
-  uint64_t seen = word.load(std::memory_order_acquire);
-  while (seen >> 32 == job && (seen & kCountMask) != 0) {
-    if (!word.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) continue;
-    // The job cannot end before this item has, so its description stands still.
-    task(context, items - static_cast<int64_t>(seen & kCountMask), thread);
-    ++count;
-    seen = word.load(std::memory_order_acquire);
+  for (size_t i = 0; i < shares.size(); ++i) {
+    Share& share = shares[(static_cast<size_t>(thread) + i) % shares.size()];
+    uint64_t seen = share.word.load(std::memory_order_acquire);
+    while (seen >> 32 == number && (seen & kCountMask) != 0) {
+      if (!share.word.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) continue;
+      // The job cannot end before this item has, so its description stands still.
+      task(context, share.end - static_cast<int64_t>(seen & kCountMask), thread);
+      ++count;
+      seen = share.word.load(std::memory_order_acquire);
+    }
   }
   if (count > 0 && done.fetch_add(count, std::memory_order_acq_rel) + count == items)
     done.notify_one();
   return count;
 }
 
-// The number of a job that is not `last` and has items left, or `last` when the pool stops.
+// The number of a job that is not `last`, or `last` when the pool stops.
 uint64_t Pool::State::await_job(uint64_t last) {
-  auto ready = [&] {
-    uint64_t seen = word.load();
-    return (seen >> 32 != last && (seen & kCountMask) != 0) || stopping.load();
-  };
+  auto ready = [&] { return job.load() != last || stopping.load(); };
   while (!spin(ready)) {
     uint32_t ticket = wakeups.load();
     sleepers.fetch_add(1);
     if (!ready()) wakeups.wait(ticket);
     sleepers.fetch_sub(1);
   }
-  return stopping.load() ? last : word.load() >> 32;
+  return stopping.load() ? last : job.load();
 }
 
 void Pool::State::run_worker(int thread) {
   FloatEnvironment environment;
-  for (uint64_t job = 0;;) {
-    uint64_t next = await_job(job);
+  for (uint64_t last = 0;;) {
+    last = await_job(last);
     if (stopping.load()) return;
-    job = next;
-    work(job, thread);
+    work(last, thread);
   }
 }
 
@@ -283,13 +290,20 @@ void Pool::parallel(int64_t items, Task task, void* context) {
   }
   State& state = *state_;
   std::lock_guard lock(state.mutex);
-  if (state.workers.empty()) state.start(threads_);
+  if (state.workers.empty()) state.start();
   state.task = task;
   state.context = context;
   state.items = items;
   state.done.store(0);
-  uint64_t job = ((state.word.load() >> 32) + 1) & kCountMask;
-  state.word.store(job << 32 | static_cast<uint64_t>(items));
+  const uint64_t job = (state.job.load() + 1) & kCountMask;
+  int64_t first = 0;
+  for (int thread = 0; thread < threads_; ++thread) {
+    const int64_t end = items * (thread + 1) / threads_;
+    state.shares[thread].end = end;
+    state.shares[thread].word.store(job << 32 | static_cast<uint64_t>(end - first));
+    first = end;
+  }
+  state.job.store(job);
   if (state.sleepers.load() > 0) {
     state.wakeups.fetch_add(1);
     state.wakeups.notify_all();

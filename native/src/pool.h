@@ -1,4 +1,4 @@
-// A pool of threads that claim numbered work items in any order.
+// A pool of threads that claim numbered work items.
 #pragma once
 
 #include <algorithm>
@@ -40,7 +40,8 @@ class Pool {
   int threads() const { return threads_; }
 
   // Runs task(context, i, thread) once for each i in [0, items), items < 2^32; returns when all are
-  // done. Items start in ascending order; the caller takes part. Sets the FloatEnvironment in every
+  // done. Every thread has an equal share of consecutive items, which it starts in ascending order,
+  // and then takes from others' shares; the caller takes part. Sets the FloatEnvironment in every
   // thread. Calls from several threads queue up; a task must not call it.
   void parallel(int64_t items, Task task, void* context);
 
@@ -67,7 +68,7 @@ class Pool {
  private:
   struct State;
   int threads_;
-  State* state_;
+  State* state_ = nullptr;
   Pool* next_ = nullptr;  // list of living pools, for the child of a fork
 
   static void after_fork_in_child();

@@ -27,7 +27,7 @@ from vivace.techniques.weight_formats.base import Packed
 
 __all__ = ["VERSION", "PackedFile", "sync_files", "sync_folder", "write_packed"]
 
-VERSION = 1  # of the file and of what kernels read: packed files of another one are not read
+VERSION = 2  # of the file and of what kernels read: packed files of another one are not read
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 * 2**20
 _SUM = "checksum"  # uint64, little endian, of all bytes before its own

@@ -7,13 +7,9 @@ from typing import Protocol, TypeGuard
 
 import numpy as np
 
+from vivace import _native
 from vivace.techniques.weight_formats._kernels import Codes
-from vivace.techniques.weight_formats._panels import (
-    LINE,
-    PANEL_OUTPUTS,
-    STEP_INPUTS,
-    pack_panels,
-)
+from vivace.techniques.weight_formats._panels import UNIT_OUTPUTS, pack_panels
 from vivace.techniques.weight_formats.base import Matrix, Packed
 
 __all__ = ["Coded", "coded_bytes", "kernel_for_codes", "pack_coded"]
@@ -59,10 +55,7 @@ def kernel_for_codes(weight: Matrix | Packed) -> Codes | None:
 
 def coded_bytes(codes: Codes, shape: tuple[int, ...]) -> int:
     """Bytes that `pack_coded` takes."""
-    num_panels, num_steps = -(-shape[0] // PANEL_OUTPUTS), -(-shape[1] // STEP_INPUTS)
-    num_groups = shape[1] // (codes.group_size or shape[1])
-    header = num_groups * PANEL_OUTPUTS * (codes.scale_dtype.itemsize + codes.has_zeros)
-    return num_panels * (-(-header // LINE) + num_steps * codes.bits) * LINE
+    return _native.matrix_bytes(codes.kernel, *shape)
 
 
 def pack_coded(weight: Matrix, codes: Codes) -> Packed:
@@ -73,7 +66,7 @@ def pack_coded(weight: Matrix, codes: Codes) -> Packed:
     # The checkpoint's group of each of the kernel's.
     group_of = np.arange(0, num_columns, group_size) // weight.group_size
     pieces = []
-    step = max(1, _PIECE_WEIGHTS // num_columns // PANEL_OUTPUTS) * PANEL_OUTPUTS
+    step = max(1, _PIECE_WEIGHTS // num_columns // UNIT_OUTPUTS) * UNIT_OUTPUTS
     for first in range(0, num_rows, step):
         values, scales, zeros = weight[first : first + step].read_codes()
         zeros = None if zeros is None else zeros[:, group_of]

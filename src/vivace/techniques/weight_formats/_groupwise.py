@@ -10,7 +10,7 @@ import numpy as np
 from vivace import _native
 from vivace.errors import BadFile
 from vivace.techniques.weight_formats._kernels import Codes
-from vivace.techniques.weight_formats._panels import PANEL_OUTPUTS
+from vivace.techniques.weight_formats._panels import UNIT_OUTPUTS
 from vivace.techniques.weight_formats.base import Grid, Matrix, Packed, WeightFormat
 
 __all__ = ["GroupSize", "GroupwiseFormat", "ScaleType", "quantize"]
@@ -69,7 +69,7 @@ class GroupwiseFormat(WeightFormat):
                 "smaller group_size, or group_size 'row' with int8"
             )
         packed = Packed(kernel, (num_rows, num_columns), np.empty(self.num_bytes(weight), np.uint8))
-        step = max(1, _PIECE_WEIGHTS // num_columns // PANEL_OUTPUTS) * PANEL_OUTPUTS
+        step = max(1, _PIECE_WEIGHTS // num_columns // UNIT_OUTPUTS) * UNIT_OUTPUTS
         for first in range(0, num_rows, step):
             rows = _as_bits(weight[first : first + step])
             if not _native.pack_codes(kernel, rows, packed[first : first + step].raw):

@@ -10,7 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from vivace import _native
-from vivace.techniques.weight_formats._panels import PANEL_OUTPUTS, unpack_panels
+from vivace.techniques.weight_formats._panels import UNIT_OUTPUTS, unpack_panels
 from vivace.techniques.weight_formats._tables import Codebook, TableKernel, flush
 
 __all__ = ["BLOCKS", "DECODED_BLOCKS", "Codes", "decode", "round_inputs", "unit_rows"]
@@ -24,6 +24,7 @@ _ELEMENTS = {
 BLOCKS = {"q4_0": 32, "q8_0": 32, "q4_k": 32, "q6_k": 16}
 # Blocks of GGUF that kernels decode to bfloat16.
 DECODED_BLOCKS = frozenset({"q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q5_k"})
+_BLOCK_ROWS = 16  # of blocks that lie together
 _ROW_INPUT_GROUP = 128
 _TINY = 2.0**-100  # inputs below count as zero
 
@@ -57,7 +58,9 @@ class Codes:
 
 def unit_rows(kernel: str) -> int:
     """Rows of a matrix that lie together."""
-    return PANEL_OUTPUTS if kernel.startswith("int") or kernel in BLOCKS else 1
+    if kernel.startswith("int"):
+        return UNIT_OUTPUTS
+    return _BLOCK_ROWS if kernel in BLOCKS else 1
 
 
 def round_inputs(kernel: str, x: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Panels of 16 outputs: how native kernels read integer codes (native/src/format.h)."""
+"""Units of four panels of 16 outputs: how native kernels read integer codes.
+
+The layout is that of `CodesLayout` in native/src/format.h.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,32 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LINE", "PANEL_OUTPUTS", "STEP_INPUTS", "pack_panels", "unpack_panels"]
+__all__ = ["STEP_INPUTS", "UNIT_OUTPUTS", "pack_panels", "unpack_panels"]
 
-PANEL_OUTPUTS = 16
 STEP_INPUTS = 32  # inputs whose codes lie together
-LINE = 64
+UNIT_OUTPUTS = 64
+_PANELS, _LANES = 4, 16
+_LINE = 64
 
 
 def pack_panels(
     codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int
 ) -> np.ndarray:
-    """Lay out codes [N, K] uint8, scales [N, G] and zeros [N, G] uint8 as bytes [panels, ...].
+    """Lay out codes [N, K] uint8, scales [N, G] and zeros [N, G] uint8 as bytes [units, ...].
 
-    Outputs that fill up the last panel have codes and scales of zero.
+    Outputs that fill up the last unit have codes and scales of zero.
     """
-    num_panels, steps = -(-len(codes) // PANEL_OUTPUTS), -(-codes.shape[1] // STEP_INPUTS)
-    padded = np.zeros((num_panels * PANEL_OUTPUTS, steps * STEP_INPUTS), np.uint8)
+    num_units, steps = -(-len(codes) // UNIT_OUTPUTS), -(-codes.shape[1] // STEP_INPUTS)
+    num_groups = scales.shape[1]
+    padded = np.zeros((num_units * UNIT_OUTPUTS, steps * STEP_INPUTS), np.uint8)
     padded[: len(codes), : codes.shape[1]] = codes
-    vectors = padded.reshape(num_panels, PANEL_OUTPUTS, steps, 8, 4)
-    vectors = vectors.transpose(0, 2, 3, 1, 4).reshape(num_panels, steps, 8, LINE)
-    parts = [_lanes(scales, num_panels).view(np.uint8).reshape(num_panels, -1)]
+    vectors = padded.reshape(num_units, _PANELS, _LANES, steps, 8, 4)
+    vectors = vectors.transpose(0, 3, 1, 4, 2, 5).reshape(num_units, steps, _PANELS, 8, _LINE)
+    parts = [_by_group(scales, num_units).view(np.uint8)]
     if zeros is not None:
-        parts.append(_lanes(zeros, num_panels).reshape(num_panels, -1))
-    header = np.concatenate(parts, axis=1)
-    header = np.pad(header, ((0, 0), (0, -header.shape[1] % LINE)))
-    return np.concatenate([header, _squeeze(vectors, bits).reshape(num_panels, -1)], axis=1)
+        parts.append(_by_group(zeros, num_units))
+    parts.append(_squeeze(vectors, bits).swapaxes(2, 3).reshape(num_units, num_groups, -1))
+    return np.concatenate(parts, axis=2).reshape(num_units, -1)
 
 
 def unpack_panels(
@@ -43,33 +47,33 @@ def unpack_panels(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """What `pack_panels` laid out: codes [N, K], scales [N, G] and zeros [N, G] or None."""
     num_rows, num_columns = shape
-    num_panels, steps = -(-num_rows // PANEL_OUTPUTS), -(-num_columns // STEP_INPUTS)
-    raw = raw.reshape(num_panels, -1)
-    num_values = num_groups * PANEL_OUTPUTS
-    scale_bytes = num_values * np.dtype(scale_type).itemsize
-    scales = np.ascontiguousarray(raw[:, :scale_bytes]).view(scale_type)
-    zeros = raw[:, scale_bytes : scale_bytes + num_values] if has_zeros else None
-    vectors = _stretch(raw[:, raw.shape[1] - steps * bits * LINE :], steps, bits)
-    vectors = vectors.reshape(num_panels, steps, 8, PANEL_OUTPUTS, 4)
-    codes = vectors.transpose(0, 3, 1, 2, 4).reshape(num_panels * PANEL_OUTPUTS, -1)
+    num_units, steps = -(-num_rows // UNIT_OUTPUTS), -(-num_columns // STEP_INPUTS)
+    groups = raw.reshape(num_units, num_groups, -1)
+    zeros_at = UNIT_OUTPUTS * np.dtype(scale_type).itemsize
+    codes_at = zeros_at + has_zeros * UNIT_OUTPUTS
+    scales = np.ascontiguousarray(groups[..., :zeros_at]).view(scale_type)
+    zeros = groups[..., zeros_at:codes_at] if has_zeros else None
+    vectors = groups[..., codes_at:].reshape(num_units, steps, bits, _PANELS, _LINE)
+    vectors = _stretch(vectors.swapaxes(2, 3), bits).reshape(num_units, steps, _PANELS, 8, _LANES, 4)
+    codes = vectors.transpose(0, 2, 4, 1, 3, 5).reshape(num_units * UNIT_OUTPUTS, -1)
     return (
         codes[:num_rows, :num_columns],
-        _rows(scales, num_groups)[:num_rows],
-        None if zeros is None else _rows(zeros, num_groups)[:num_rows],
+        _by_row(scales)[:num_rows],
+        None if zeros is None else _by_row(zeros)[:num_rows],
     )
 
 
-def _lanes(values: np.ndarray, num_panels: int) -> np.ndarray:
-    """[N, G] -> [panels, G, 16], filled up with zeros."""
-    padded = np.zeros((num_panels * PANEL_OUTPUTS, values.shape[1]), values.dtype)
+def _by_group(values: np.ndarray, num_units: int) -> np.ndarray:
+    """[N, G] -> [units, G, 64], filled up with zeros."""
+    padded = np.zeros((num_units * UNIT_OUTPUTS, values.shape[1]), values.dtype)
     padded[: len(values)] = values
-    lanes = padded.reshape(num_panels, PANEL_OUTPUTS, values.shape[1]).transpose(0, 2, 1)
-    return np.ascontiguousarray(lanes)
+    by_unit = padded.reshape(num_units, UNIT_OUTPUTS, values.shape[1])
+    return np.ascontiguousarray(by_unit.transpose(0, 2, 1))
 
 
-def _rows(lanes: np.ndarray, num_groups: int) -> np.ndarray:
-    by_group = lanes.reshape(len(lanes), num_groups, PANEL_OUTPUTS)
-    return by_group.transpose(0, 2, 1).reshape(-1, num_groups)
+def _by_row(values: np.ndarray) -> np.ndarray:
+    """[units, G, 64] -> [N, G]"""
+    return values.transpose(0, 2, 1).reshape(-1, values.shape[1])
 
 
 def _squeeze(vectors: np.ndarray, bits: int) -> np.ndarray:
@@ -77,25 +81,25 @@ def _squeeze(vectors: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return vectors
     if bits == 4:
-        return vectors[:, :, :4] | vectors[:, :, 4:] << 4
-    pairs = vectors & 3
-    low = pairs[:, :, 0:2] | pairs[:, :, 2:4] << 2 | pairs[:, :, 4:6] << 4 | pairs[:, :, 6:8] << 6
+        return vectors[..., :4, :] | vectors[..., 4:, :] << 4
+    pairs = (vectors & 3).reshape(*vectors.shape[:-2], 4, 2, _LINE)
+    place = np.arange(0, 8, 2, dtype=np.uint8)[:, None, None]
+    low = np.bitwise_or.reduce(pairs << place, axis=-3)
     if bits == 2:
         return low
     place = np.arange(8, dtype=np.uint8)[:, None]
-    high = np.bitwise_or.reduce((vectors >> 2) << place, axis=2, keepdims=True)
-    return np.concatenate([low, high], axis=2)
+    high = np.bitwise_or.reduce((vectors >> 2) << place, axis=-2, keepdims=True)
+    return np.concatenate([low, high], axis=-2)
 
 
-def _stretch(raw: np.ndarray, steps: int, bits: int) -> np.ndarray:
-    """The inverse of `_squeeze`: [panels, ...] -> [panels, steps, 8, 64]."""
-    packed = raw.reshape(len(raw), steps, bits, LINE)
+def _stretch(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The inverse of `_squeeze`."""
     if bits == 8:
         return packed
     if bits == 4:
-        return np.concatenate([packed & 15, packed >> 4], axis=2)
-    low = np.concatenate([(packed[:, :, :2] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=2)
+        return np.concatenate([packed & 15, packed >> 4], axis=-2)
+    low = np.concatenate([(packed[..., :2, :] >> shift) & 3 for shift in (0, 2, 4, 6)], axis=-2)
     if bits == 2:
         return low
     place = np.arange(8, dtype=np.uint8)[:, None]
-    return low | ((packed[:, :, 2:] >> place) & 1) << 2
+    return low | ((packed[..., 2:, :] >> place) & 1) << 2
