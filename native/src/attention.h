@@ -76,11 +76,11 @@ struct AttentionKernels {
   void (*attend_part)(const AttentionCall& call, const AttentionItem& item, int64_t index);
   void (*merge_parts)(const AttentionCall& call, const AttentionItem& item);
   void (*sum_weights)(const AttentionCall& call, const SumItem& item);
-  // One row's key and value of one head. False if an element is not finite as it is stored:
+  // One row's key or value of one head. False if an element is not finite as it is stored:
   // attention needs finite values, for what a row may not read has the weight 0, and 0 * inf is
   // NaN.
-  bool (*write_entry)(const CacheView& cache, int64_t slot, int kv_head, const float* key,
-                      const float* value);
+  bool (*write_key)(const CacheView& cache, int64_t slot, int kv_head, const float* key);
+  bool (*write_value)(const CacheView& cache, int64_t slot, int kv_head, const float* value);
 };
 
 }  // namespace vivace

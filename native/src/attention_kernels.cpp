@@ -304,35 +304,43 @@ bool is_storable(const CacheView& cache, const float* x) {
   return highest < limit;
 }
 
-bool write_entry(const CacheView& cache, int64_t slot, int kv_head, const float* key,
-                 const float* value) {
-  char* head =
-      cache.base + slot / cache.block_size * cache.block_bytes + kv_head * cache.head_bytes;
+char* head_of(const CacheView& cache, int64_t slot, int kv_head) {
+  return cache.base + slot / cache.block_size * cache.block_bytes + kv_head * cache.head_bytes;
+}
+
+bool write_key(const CacheView& cache, int64_t slot, int kv_head, const float* key) {
+  char* head = head_of(cache, slot, kv_head);
   const int64_t entry = slot % cache.block_size, size = cache.head_dim;
   const int64_t tile = entry / 16 * 16 * size, lane = entry % 16;
   if (cache.type == KVType::float32) {
     float* keys = reinterpret_cast<float*>(head) + tile + lane;
-    float* values = reinterpret_cast<float*>(head + cache.value_bytes) + entry * size;
-    for (int64_t d = 0; d < size; ++d) {
-      keys[16 * d] = key[d];
-      values[d] = value[d];
-    }
+    for (int64_t d = 0; d < size; ++d) keys[16 * d] = key[d];
   } else {
     uint16_t* keys = reinterpret_cast<uint16_t*>(head) + tile;
-    uint16_t* values = reinterpret_cast<uint16_t*>(head + cache.value_bytes) + entry * size;
     for (int64_t d = 0; d < size; ++d) {
       const bool is_paired = (d ^ 1) < size;  // the last of an odd number is not
       keys[is_paired ? d / 2 * 32 + 2 * lane + d % 2 : 16 * d + lane] = float_to_bf16(key[d]);
-      values[d] = float_to_bf16(value[d]);
     }
   }
-  return is_storable(cache, key) && is_storable(cache, value);
+  return is_storable(cache, key);
+}
+
+bool write_value(const CacheView& cache, int64_t slot, int kv_head, const float* value) {
+  char* head = head_of(cache, slot, kv_head) + cache.value_bytes;
+  const int64_t at = slot % cache.block_size * cache.head_dim;
+  for (int64_t d = 0; d < cache.head_dim; ++d) {
+    if (cache.type == KVType::float32)
+      reinterpret_cast<float*>(head)[at + d] = value[d];
+    else
+      reinterpret_cast<uint16_t*>(head)[at + d] = float_to_bf16(value[d]);
+  }
+  return is_storable(cache, value);
 }
 
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {attend_item, attend_part, merge_parts, sum_weights,
-                                            write_entry};
+const AttentionKernels attention_kernels = {attend_item, attend_part, merge_parts,
+                                            sum_weights, write_key,   write_value};
 
 }  // namespace vivace::VIVACE_ISA

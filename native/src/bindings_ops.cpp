@@ -34,8 +34,8 @@ class Attention {
       require(slots(i) >= 0 && slots(i) < num_slots, "there is no such slot");
       for (int head = 0; head < cache_.num_kv_heads(); ++head) {
         const int64_t at = (i * cache_.num_kv_heads() + head) * cache_.head_dim();
-        kernels_.attention->write_entry(cache_.layer(0), slots(i), head, keys.data() + at,
-                                        values.data() + at);
+        kernels_.attention->write_key(cache_.layer(0), slots(i), head, keys.data() + at);
+        kernels_.attention->write_value(cache_.layer(0), slots(i), head, values.data() + at);
       }
     }
   }

@@ -44,6 +44,9 @@ size_t bytes_of(const std::string& kernel, int32_t rows, int32_t K) {
 
 bool pack_codes(const std::string& kernel, const Weights& weights, const Panels& out,
                 std::optional<int> threads, const std::optional<std::string>& isa) {
+  constexpr size_t kMost = INT32_MAX;
+  require(weights.shape(0) <= kMost && weights.shape(1) <= kMost,
+          "a matrix has more than 2^31 - 1 rows or columns");
   const auto rows = static_cast<int32_t>(weights.shape(0));
   const auto K = static_cast<int32_t>(weights.shape(1));
   const size_t bytes = bytes_of(kernel, rows, K);

@@ -98,6 +98,13 @@ struct Block {
   bool has_shared_gate = false;  // the router's last output
 
   int num_routed() const { return static_cast<int>(experts.size()) - has_shared; }
+  // Whether a norm of queries or keys looks at all heads of a row.
+  bool has_norm_of_heads() const {
+    const auto is_wide = [&](const Norm& norm) {
+      return norm.kind != NormKind::none && norm.size != head_dim;
+    };
+    return is_wide(q_norm) || is_wide(k_norm);
+  }
   // Whether its last linear's outputs need nothing but to be added to the state.
   bool adds_at_once() const {
     return kind != BlockKind::experts && post_norm.kind == NormKind::none && !site &&

@@ -79,7 +79,8 @@ VIVACE_INLINE Bytes64 with_bit(Bytes64 x, Bytes64 bits, int from, int to) {
   const auto words = reinterpret_cast<__v32hu>(bits.v);
   const auto moved =
       reinterpret_cast<__m512i>(from < to ? words << (to - from) : words >> (from - to));
-  return {_mm512_ternarylogic_epi32(x.v, moved, _mm512_set1_epi8(static_cast<char>(1 << to)), 0xf8)};
+  return {
+      _mm512_ternarylogic_epi32(x.v, moved, _mm512_set1_epi8(static_cast<char>(1 << to)), 0xf8)};
 }
 #endif
 

@@ -272,7 +272,7 @@ TableLayout table_layout(const Format& format, int32_t K) {
   if (format.num_outliers > 0 && (format.num_outliers > K || K > 1 << 16))
     throw std::invalid_argument(std::to_string(format.num_outliers) + " outliers in rows of " +
                                 std::to_string(K) + " weights: expected fewer, in at most 65536");
-  const int32_t steps = (K + kStepInputs - 1) / kStepInputs;
+  const auto steps = static_cast<int32_t>((int64_t{K} + kStepInputs - 1) / kStepInputs);
   TableLayout layout;
   layout.block_steps =
       format.group == 0 ? steps : std::max(format.group, kStepInputs) / kStepInputs;
@@ -293,7 +293,8 @@ CodesLayout codes_layout(const Format& format, int32_t K) {
   check_group(format.group, K);
   CodesLayout layout;
   layout.num_groups = format.group == 0 ? 1 : K / format.group;
-  layout.group_steps = (format.group == 0 ? K + kStepInputs - 1 : format.group) / kStepInputs;
+  const int64_t group = format.group == 0 ? int64_t{K} + kStepInputs - 1 : format.group;
+  layout.group_steps = static_cast<int32_t>(group / kStepInputs);
   constexpr size_t kOutputs = size_t{kPanels} * kPanelOutputs;
   layout.zeros_at = kOutputs * scale_bytes(format.scale);
   layout.codes_at = layout.zeros_at + (format.has_zeros ? kOutputs : 0);
@@ -324,7 +325,7 @@ size_t matrix_bytes(const Format& format, int32_t rows, int32_t K) {
   if (format.storage != Storage::codes && rows % unit != 0)
     throw std::invalid_argument("a matrix of " + std::to_string(rows) +
                                 " rows of blocks: expected a multiple of " + std::to_string(unit));
-  return static_cast<size_t>((rows + unit - 1) / unit) * unit_bytes(format, K);
+  return (static_cast<size_t>(rows) + unit - 1) / unit * unit_bytes(format, K);
 }
 
 Int8Layout int8_layout(const InputFormat& input, int32_t K) {

@@ -57,12 +57,15 @@ const char* const kNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512vnni",
 Isa best_of_cpu() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return Isa::generic;
-  constexpr unsigned kFma = 1u << 12, kXsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
-  constexpr unsigned kFirst = kFma | kXsave | kAvx | kF16c;
+  constexpr unsigned kFma = 1u << 12, kMovbe = 1u << 22, kPopcnt = 1u << 23, kXsave = 1u << 27;
+  constexpr unsigned kAvx = 1u << 28, kF16c = 1u << 29;
+  constexpr unsigned kFirst = kFma | kMovbe | kPopcnt | kXsave | kAvx | kF16c;
   if ((c & kFirst) != kFirst) return Isa::generic;
   unsigned low = 0, high = 0;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low & 0x6) != 0x6) return Isa::generic;  // xmm and ymm
+  constexpr unsigned kLzcnt = 1u << 5;          // without it the instruction is another, silently
+  if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || !(c & kLzcnt)) return Isa::generic;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Isa::generic;
   constexpr unsigned kBmi1 = 1u << 3, kAvx2 = 1u << 5, kBmi2 = 1u << 8;  // x86-64-v3
   if ((b & (kBmi1 | kAvx2 | kBmi2)) != (kBmi1 | kAvx2 | kBmi2)) return Isa::generic;

@@ -78,10 +78,8 @@ const char* address(const LinearPart& part, int32_t K, int32_t row) {
 
 // `offset`: of the part's outputs in a row of y. `next`: where this thread will read on.
 void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& part, int64_t offset,
-              const OutputRange& range, const void* next) {
+              const OutputRange& range, const void* next, char* scratch) {
   const Format& format = part.format;
-  thread_local Buffer<char> scratch;
-  scratch.reserve(scratch_bytes(format, job.K));
   LinearItem work;
   work.K = job.K;
   work.weight = address(part, job.K, range.first);
@@ -92,7 +90,7 @@ void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& pa
   work.M = range.last_row - range.first_row;
   work.y = job.y + range.first_row * job.ldy + offset + range.first;
   work.ldy = job.ldy;
-  work.scratch = scratch.data();
+  work.scratch = scratch;
   work.next = next;
   if (is_float(format))
     kernels.linear->multiply(format, work);
@@ -102,7 +100,8 @@ void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& pa
     kernels.integer->multiply(format, work);
 }
 
-void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int thread) {
+void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int thread,
+              char* scratch) {
   int32_t index = 0;
   int64_t offset = 0;
   Cut cuts = cut(job, job.parts[0]);
@@ -122,10 +121,10 @@ void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int th
   const char* next = address(part, job.K, range.last);
   if (job.is_paired) {
     const LinearPart& other = job.parts[1];
-    multiply(kernels, job, part, offset, range, address(other, job.K, range.first));
-    multiply(kernels, job, other, part.rows, range, next);
+    multiply(kernels, job, part, offset, range, address(other, job.K, range.first), scratch);
+    multiply(kernels, job, other, part.rows, range, next, scratch);
   } else {
-    multiply(kernels, job, part, offset, range, next);
+    multiply(kernels, job, part, offset, range, next, scratch);
   }
   if (job.then) (*job.then)(range, thread);
 }
@@ -163,15 +162,22 @@ void read_row(const Kernels& kernels, const Format& format, int32_t K, const voi
 
 void linear(const Kernels& kernels, Pool& pool, LinearJob* jobs, int64_t num_jobs) {
   int64_t items = 0;
+  size_t scratch_size = 0;  // of a thread
   for (LinearJob* job = jobs; job != jobs + num_jobs; ++job) {
     job->first_item = items;
     if (job->M > 0) items += num_items(*job);
+    for (int32_t i = 0; i < job->num_parts; ++i)
+      scratch_size = std::max(scratch_size, scratch_bytes(job->parts[i].format, job->K));
   }
+  thread_local Buffer<char> buffer;  // kept for the next call
+  buffer.reserve(scratch_size * static_cast<size_t>(pool.threads()));
+  char* scratch = buffer.data();  // of the calling thread
   pool.parallel(items, [&](int64_t item, int thread) {
     const LinearJob* next =
         std::upper_bound(jobs, jobs + num_jobs, item,
                          [](int64_t at, const LinearJob& job) { return at < job.first_item; });
-    run_item(kernels, next[-1], item - next[-1].first_item, thread);
+    run_item(kernels, next[-1], item - next[-1].first_item, thread,
+             scratch + scratch_size * static_cast<size_t>(thread));
   });
 }
 

@@ -26,8 +26,8 @@ struct PackKernels {
   bool (*pack_panel)(const Format& format, const CodesLayout& layout, const PackItem& item);
 };
 
-// A 64-bit sum over bytes. It depends on nothing but them; every change of up to 8 adjacent bytes
-// changes it. No protection against an attacker.
+// A 64-bit sum over bytes. It depends on nothing but them; every change within an aligned 8
+// bytes changes it. No protection against an attacker.
 uint64_t checksum(Pool& pool, const uint8_t* data, size_t bytes);
 
 }  // namespace vivace

@@ -14,7 +14,7 @@ namespace vivace {
 namespace {
 
 // Items of about ten microseconds; a step of few rows runs in the calling thread alone.
-constexpr int64_t kNormRows = 8, kWriteRows = 4;
+constexpr int64_t kNormRows = 8;
 constexpr int64_t kMlpRows = 512;  // rows whose gates are held at a time
 
 [[noreturn]] void fail_not_finite(const char* what, int index) {
@@ -262,7 +262,7 @@ void Program::multiply(const Linear& linear, int64_t num_rows, float* y, int64_t
   vivace::linear(kernels_, *pool_, &job, 1);
 }
 
-void Program::embed_row(const StepArrays& step, int64_t row, int64_t given) {
+void Program::embed_row(const StepArrays& step, int64_t row, int64_t given, int thread) {
   float* h = hidden_.data() + row * hidden_size_;
   if (given >= 0) {
     std::memcpy(h, step.given + given * hidden_size_, hidden_size_ * sizeof(float));
@@ -271,63 +271,85 @@ void Program::embed_row(const StepArrays& step, int64_t row, int64_t given) {
   read_row(kernels_, embedding_.format, hidden_size_, embedding_.weight, step.tokens[row],
            embedding_.scale, h);
   if (!embedding_.positions) return;
-  std::vector<float> learned(hidden_size_);
+  float* learned = scratch_.data() + thread * scratch_width_;
   read_row(kernels_, embedding_.positions_format, hidden_size_, embedding_.positions,
-           step.positions[row], 1.0f, learned.data());
-  kernels_.ops->add(h, learned.data(), 1.0f, hidden_size_);
+           step.positions[row], 1.0f, learned);
+  kernels_.ops->add(h, learned, 1.0f, hidden_size_);
 }
 
 void Program::embed(const StepArrays& step) {
   std::vector<int64_t> given(step.num_given ? step.num_rows : 0, -1);
   for (int64_t i = 0; i < step.num_given; ++i) given[step.given_rows[i]] = i;
   pool_->for_rows(step.num_rows, kNormRows, [&](int64_t row, int thread) {
-    embed_row(step, row, given.empty() ? -1 : given[row]);
+    embed_row(step, row, given.empty() ? -1 : given[row], thread);
     if (step.first_block < step.last_block)
       prepare(blocks_[step.first_block].norm, blocks_[step.first_block].first(),
               hidden_.data() + row * hidden_size_, row, thread);
   });
 }
 
-// Normalizes and rotates a row's queries and keys in place and writes its entry. False if that is
-// not finite.
-bool Program::write_row(const StepArrays& step, const Block& block, int64_t row, float* qkv) {
+// Heads [first, last) of a row, queries before keys before values: normalized and rotated in place,
+// and written into the cache. False if what is written is not finite.
+bool Program::finish_heads(const StepArrays& step, const Block& block, int64_t row, int first,
+                           int last, float* qkv) {
   const OpKernels& ops = *kernels_.ops;
-  const int head_dim = block.head_dim;
-  float* keys = qkv + block.num_heads * head_dim;
-  float* values = keys + block.num_kv_heads * head_dim;
-  const auto normalize = [&](const Norm& norm, float* heads, int num_heads) {
-    if (norm.kind == NormKind::none) return;
-    if (norm.size != head_dim) return ops.norm(norm, heads, heads);
-    for (int head = 0; head < num_heads; ++head)
-      ops.norm(norm, heads + head * head_dim, heads + head * head_dim);
-  };
-  normalize(block.q_norm, qkv, block.num_heads);
-  normalize(block.k_norm, keys, block.num_kv_heads);
-  if (block.rope >= 0) {
-    const Rope& rope = ropes_[block.rope];
-    const int64_t at = static_cast<int64_t>(step.positions[row]) * rope.half;
-    for (int head = 0; head < block.num_heads + block.num_kv_heads; ++head)
-      ops.rotate(qkv + head * head_dim, rope.cos + at, rope.sin + at, rope.half,
-                 rope.is_interleaved);
-  }
+  const int head_dim = block.head_dim, num_keys = block.num_heads + block.num_kv_heads;
   const CacheView cache = caches_[block.group]->layer(block.cache_layer);
+  const int64_t slot = step.groups[block.group].slots[row];
   bool finite = true;
-  for (int head = 0; head < block.num_kv_heads; ++head)
-    finite &= kernels_.attention->write_entry(cache, step.groups[block.group].slots[row], head,
-                                              keys + head * head_dim, values + head * head_dim);
+  for (int head = first; head < last; ++head) {
+    float* x = qkv + head * head_dim;
+    if (head >= num_keys) {
+      finite &= kernels_.attention->write_value(cache, slot, head - num_keys, x);
+      continue;
+    }
+    const Norm& norm = head < block.num_heads ? block.q_norm : block.k_norm;
+    if (norm.kind != NormKind::none && norm.size == head_dim) ops.norm(norm, x, x);
+    if (block.rope >= 0) {
+      const Rope& rope = ropes_[block.rope];
+      const int64_t at = static_cast<int64_t>(step.positions[row]) * rope.half;
+      ops.rotate(x, rope.cos + at, rope.sin + at, rope.half, rope.is_interleaved);
+    }
+    if (head >= block.num_heads)
+      finite &= kernels_.attention->write_key(cache, slot, head - block.num_heads, x);
+  }
   return finite;
 }
 
-// Queries, keys and values of all rows; keys and values go into the cache.
+// Queries, keys and values of all rows; keys and values go into the cache. The thread that computed
+// heads finishes them, unless a norm looks at all heads of a row.
 void Program::project(const StepArrays& step, int index) {
   const Block& block = blocks_[index];
   const int64_t width = block.in.out_features();
   float* qkv = work_.data();
-  multiply(block.in, step.num_rows, qkv, width);
   std::atomic<bool> finite = true;
-  pool_->for_rows(step.num_rows, kWriteRows, [&](int64_t row, int) {
-    if (!write_row(step, block, row, qkv + row * width)) finite = false;
-  });
+  LinearJob job = block.in.job(input_.data(), step.num_rows, qkv, width);
+  const bool has_whole_heads = std::ranges::all_of(
+      block.in.parts, [&](const LinearPart& part) { return part.rows % block.head_dim == 0; });
+  if (block.has_norm_of_heads() || !has_whole_heads) {
+    vivace::linear(kernels_, *pool_, &job, 1);
+    const int num_all = block.num_heads + 2 * block.num_kv_heads;
+    pool_->for_rows(step.num_rows, 1, [&](int64_t row, int) {
+      float* heads = qkv + row * width;
+      float* keys = heads + block.num_heads * block.head_dim;
+      for (auto [norm, x] : {std::pair{&block.q_norm, heads}, std::pair{&block.k_norm, keys}})
+        if (norm->kind != NormKind::none && norm->size != block.head_dim)
+          kernels_.ops->norm(*norm, x, x);
+      if (!finish_heads(step, block, row, 0, num_all, heads)) finite = false;
+    });
+  } else {
+    const std::function<void(const OutputRange&, int)> finish = [&](const OutputRange& range, int) {
+      int64_t offset = 0;
+      for (int part = 0; part < range.part; ++part) offset += block.in.parts[part].rows;
+      const auto first = static_cast<int>((offset + range.first) / block.head_dim);
+      const auto last = static_cast<int>((offset + range.last) / block.head_dim);
+      for (int64_t row = range.first_row; row < range.last_row; ++row)
+        if (!finish_heads(step, block, row, first, last, qkv + row * width)) finite = false;
+    };
+    job.then = &finish;
+    job.align = block.head_dim;
+    vivace::linear(kernels_, *pool_, &job, 1);
+  }
   if (!finite) fail_not_finite("keys or values", index);
 }
 
@@ -376,11 +398,6 @@ void Program::run_mlp(const StepArrays& step, const Block& block) {
   float* gates = work_.data();
   for (int64_t first = 0; first < step.num_rows; first += kMlpRows) {
     const int64_t rows = std::min(kMlpRows, step.num_rows - first);
-    if (first > 0)
-      pool_->for_rows(rows, kNormRows, [&](int64_t row, int thread) {
-        prepare(block.norm, mlp.gate_up, hidden_.data() + (first + row) * hidden_size_, row,
-                thread);
-      });
     // Gates and what they open are computed together, so that each becomes an input of `down` at
     // once.
     const std::function<void(const OutputRange&, int)> activate = [&](const OutputRange& range,
@@ -394,7 +411,8 @@ void Program::run_mlp(const StepArrays& step, const Block& block) {
                     down_input_.data() + row * mlp.down.input.bytes);
       }
     };
-    LinearJob job = mlp.gate_up.job(input_.data(), rows, gates, width);
+    const Linear& gate_up = mlp.gate_up;
+    LinearJob job = gate_up.job(input_.data() + first * gate_up.input.bytes, rows, gates, width);
     job.then = &activate;
     job.align = kPreparedTogether;
     job.is_paired = mlp.is_gated();

@@ -82,13 +82,14 @@ class Program {
  private:
   void measure(const Linear& linear);
   void reserve(const StepArrays& step);
-  void embed_row(const StepArrays& step, int64_t row, int64_t given);
+  void embed_row(const StepArrays& step, int64_t row, int64_t given, int thread);
   void embed(const StepArrays& step);
   void project(const StepArrays& step, int index);
   void attend(const StepArrays& step, const Block& block, float* sums);
   int last_writer(const StepArrays& step) const;
   bool narrow(const StepArrays& step, int index);
-  bool write_row(const StepArrays& step, const Block& block, int64_t row, float* qkv);
+  bool finish_heads(const StepArrays& step, const Block& block, int64_t row, int first, int last,
+                    float* qkv);
   void run_rows(const StepArrays& step, int index);
   void run_mlp(const StepArrays& step, const Block& block);
   void finish_block(const StepArrays& step, int index);

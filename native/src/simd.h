@@ -134,7 +134,7 @@ VIVACE_INLINE F32x16 set1(float x) {
 #elif VIVACE_LEVEL == 1
   return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
 #else
-  return {Float16Lanes{} + x};
+  return {x - Float16Lanes{}};  // a sum would make +0 of -0
 #endif
 }
 
@@ -288,12 +288,6 @@ VIVACE_INLINE void store_bf16(uint16_t* p, F32x16 x) {
 #endif
 }
 
-VIVACE_INLINE void store_bf16_first(uint16_t* p, F32x16 x, int n) {
-  uint16_t buffer[16];
-  store_bf16(buffer, x);
-  for (int i = 0; i < n; ++i) __builtin_memcpy(p + i, buffer + i, 2);
-}
-
 VIVACE_INLINE void store_f16(uint16_t* p, F32x16 x) {
 #if VIVACE_LEVEL >= 2
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -366,21 +360,6 @@ VIVACE_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
 #endif
 }
 
-VIVACE_INLINE F32x16 sqrt(F32x16 a) {
-#if VIVACE_LEVEL >= 2
-  return {_mm512_sqrt_ps(a.v)};
-#elif VIVACE_LEVEL == 1
-  return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)};
-#else
-  F32x16 r;
-  for (int i = 0; i < 16; ++i) r.v[i] = __builtin_sqrtf(a.v[i]);
-  return r;
-#endif
-}
-
-VIVACE_INLINE F32x16 rsqrt(F32x16 a) {
-  return div(set1(1.0f), sqrt(a));
-}
 VIVACE_INLINE float rsqrt1(float a) {
   return 1.0f / __builtin_sqrtf(a);
 }

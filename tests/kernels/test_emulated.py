@@ -49,6 +49,8 @@ CPUS = {
     "SandyBridge": "generic",  # AVX alone
     "Haswell,-fma": "generic",
     "Haswell,-bmi2": "generic",
+    "Haswell,-movbe": "generic",
+    "Haswell,-abm": "generic",  # lzcnt would run as bsr there, with other results
     "Haswell": "avx2",
 }
 

@@ -137,7 +137,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(NativeError, match="expected integer codes"):
         _native.pack_codes("float32", weight, np.zeros(weight.nbytes, np.uint8))
     with pytest.raises(NativeError, match="expected float32, float16 or uint16"):
-        _native.pack_codes("int4/row/float16", weight.astype(np.float64), np.zeros(576, np.uint8))
+        out = np.zeros(_native.matrix_bytes("int4/row/float16", 16, 48), np.uint8)
+        _native.pack_codes("int4/row/float16", weight.astype(np.float64), out)
 
 
 # ---------------------------------------------------------------- sums

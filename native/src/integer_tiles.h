@@ -1,0 +1,192 @@
+// Rows of inputs rounded to 8 bits, and how few of them meet a unit of codes.
+#pragma once
+
+#include "integer_sources.h"
+
+namespace vivace::VIVACE_ISA {
+namespace {
+
+// Brings what comes next into the second-level cache, a share with every step.
+struct Ahead {
+  const char* from;
+  size_t at, until;  // bytes that are asked for, and to be so by the end of a step
+  size_t per_step;   // 0: there is nothing to bring
+
+  VIVACE_MEMBER void advance() {
+    until += per_step;
+    for (; at < until; at += 64) __builtin_prefetch(from + at, 0, 2);
+  }
+};
+
+struct Tile {
+  int32_t K, input_group;
+  Int8Layout input;
+  const char* x;
+  size_t x_stride;
+  const float* bias;
+  float* y;
+  int64_t ldy;
+  int outputs;
+  Ahead ahead;
+};
+
+// The prepared rows of a tile. Few registers hold where they are: offsets are made of multiples of
+// the stride by the processor's addressing, which `forget` keeps the compiler from undoing.
+struct TileRows {
+  const char *codes, *scales, *products;
+  size_t one, three, five, seven;  // strides
+
+  TileRows(const Tile& tile)
+      : codes(tile.x),
+        scales(tile.x + tile.input.scales_at),
+        products(tile.x + tile.input.products_at),
+        one(tile.x_stride),
+        three(3 * tile.x_stride),
+        five(5 * tile.x_stride),
+        seven(7 * tile.x_stride) {}
+
+  template <int T>
+  VIVACE_MEMBER void forget() {
+    __asm__("" : "+r"(one));
+    if constexpr (T > 3) __asm__("" : "+r"(three));
+    if constexpr (T > 5) __asm__("" : "+r"(five));
+    if constexpr (T > 7) __asm__("" : "+r"(seven));
+  }
+  VIVACE_MEMBER size_t offset(int r) const {
+    switch (r) {
+      case 0:
+        return 0;
+      case 1:
+        return one;
+      case 2:
+        return 2 * one;
+      case 3:
+        return three;
+      case 4:
+        return 4 * one;
+      case 5:
+        return five;
+      case 6:
+        return 2 * three;
+      default:
+        return seven;
+    }
+  }
+  VIVACE_MEMBER const int8_t* input(int r, int step) const {
+    return reinterpret_cast<const int8_t*>(codes + 32 * static_cast<size_t>(step) + offset(r));
+  }
+  VIVACE_MEMBER const InputScale& scale(int r, int group) const {
+    return reinterpret_cast<const InputScale*>(scales + offset(r))[group];
+  }
+  VIVACE_MEMBER float product(int r, int group) const {
+    return reinterpret_cast<const float*>(products + offset(r))[group];
+  }
+};
+
+#if VIVACE_LEVEL >= 3
+// Few rows times a unit of codes: what decoding does most, so with as few instructions a byte as
+// can be. Where the registers suffice, codes are multiplied where they lie in their bytes: sums of
+// those in upper bits are multiples of their place, and shifted down at a group's end. kIsUsual:
+// groups of 32 with float16 scales.
+template <int kBits, bool kIsUsual, int T>
+[[gnu::noinline]] void multiply_unit(const Format& format, const void* unit, const Tile& tile) {
+  // Of 3 bits two are together, and the third elsewhere.
+  constexpr int kPlaceBits = kBits == 3 ? 2 : kBits, kPlaces = 8 / kPlaceBits;
+  constexpr int kMask = (1 << kPlaceBits) - 1;
+  constexpr int kSums = kBits != 3 && T * kPlaces <= 4 ? kPlaces : 1;  // one for each place?
+  constexpr int P = T <= 2 ? kPanels : 2;                              // panels at once
+  const ScaleType scale_type = kIsUsual ? ScaleType::float16 : format.scale;
+  const bool has_zeros = !kIsUsual && format.has_zeros, is_row = !kIsUsual && format.group == 0;
+  const CodesLayout layout = codes_layout(format, tile.K);
+  const size_t scale_stride = kPanelOutputs * scale_bytes(scale_type);
+  TileRows rows(tile);
+  Ahead ahead = tile.ahead;
+  const auto* first = static_cast<const uint8_t*>(unit);
+  const uint8_t* group_at = first;
+  F32x16 acc[kPanels][T];
+  for (auto& panel : acc)
+    for (F32x16& one : panel) one = zero();
+  const int num_steps = (tile.K + kStepInputs - 1) / kStepInputs;
+  const int steps_per_group = kIsUsual ? 1 : tile.input_group / kStepInputs;
+  for (int step = 0, group = 0; step < num_steps; ++group) {
+    const size_t head = is_row && group > 0 ? 0 : layout.codes_at;
+    const uint8_t* zeros = (is_row ? first : group_at) + layout.zeros_at;
+    const int count =
+        kIsUsual || steps_per_group < num_steps - step ? steps_per_group : num_steps - step;
+    rows.template forget<T>();
+    VIVACE_UNROLL
+    for (int half = 0; half < kPanels; half += P) {
+      I32x16 sums[P][T][kSums];
+      VIVACE_UNROLL
+      for (int p = 0; p < P; ++p) VIVACE_UNROLL
+      for (int r = 0; r < T; ++r) {
+        sums[p][r][0] = set1_i32(rows.scale(r, group).offset);
+        if (has_zeros)
+          sums[p][r][0] = multiply_i32(sums[p][r][0], load_u8(zeros + (half + p) * kPanelOutputs));
+        VIVACE_UNROLL
+        for (int i = 1; i < kSums; ++i) sums[p][r][i] = set1_i32(0);
+      }
+      const uint8_t* at = group_at + head + half * 64;
+      for (int s = 0; s < count; ++s, at += kPanels * kBits * 64) {
+        if (T > 2 && half == 0) ahead.advance();
+        VIVACE_UNROLL
+        for (int v = 0; v < kPlaceBits; ++v) VIVACE_UNROLL
+        for (int p = 0; p < P; ++p) {
+          Bytes64 raw = load_bytes(at + (v * kPanels + p) * 64);
+          __asm__("" : "+v"(raw.v));  // keeps it in a register: loads are scarce
+          VIVACE_UNROLL
+          for (int i = 0; i < kPlaces; ++i) {
+            const int j = v + kPlaceBits * i;
+            Bytes64 code = kSums > 1     ? masked(raw, kMask << kPlaceBits * i)
+                           : kPlaces > 1 ? shifted(raw, kPlaceBits * i, kMask)
+                                         : raw;
+            if constexpr (kBits == 3)
+              code = with_bit(code, load_bytes(at + (2 * kPanels + p) * 64), j, 2);
+            VIVACE_UNROLL
+            for (int r = 0; r < T; ++r)
+              dot<1, 1, 255>(&sums[p][r][kSums > 1 ? i : 0], &code,
+                             [&](int) { return rows.input(r, step + s) + 4 * j; });
+          }
+        }
+      }
+      VIVACE_UNROLL
+      for (int p = 0; p < P; ++p) {
+        const F32x16 scale =
+            is_row ? set1(1.0f) : load_scales(scale_type, group_at + (half + p) * scale_stride);
+        VIVACE_UNROLL
+        for (int r = 0; r < T; ++r) {
+          I32x16 sum = sums[p][r][0];
+          VIVACE_UNROLL
+          for (int i = 1; i < kSums; ++i)
+            sum = add_i32(sum, shift_right(sums[p][r][i], kPlaceBits * i));
+          acc[half + p][r] =
+              fma(to_float(sum), mul(scale, set1(rows.scale(r, group).scale)), acc[half + p][r]);
+        }
+      }
+    }
+    step += count;
+    group_at += head + static_cast<size_t>(count) * kPanels * kBits * 64;
+  }
+  VIVACE_UNROLL
+  for (int p = 0; p < kPanels; ++p) {
+    const F32x16 scale = is_row ? load_scales(scale_type, first + p * scale_stride) : set1(1.0f);
+    VIVACE_UNROLL
+    for (int r = 0; r < T; ++r) {
+      F32x16 out = mul(acc[p][r], scale);
+      if (tile.bias != nullptr) out = add(out, load(tile.bias + p * kPanelOutputs));
+      store(tile.y + r * tile.ldy + p * kPanelOutputs, out);
+    }
+  }
+}
+
+template <int kBits, int T>
+void multiply_unit(const Format& format, const void* unit, const Tile& tile) {
+  const bool is_usual =
+      format.group == kStepInputs && format.scale == ScaleType::float16 && !format.has_zeros;
+  return is_usual ? multiply_unit<kBits, true, T>(format, unit, tile)
+                  : multiply_unit<kBits, false, T>(format, unit, tile);
+}
+#endif
+
+}  // namespace
+}  // namespace vivace::VIVACE_ISA
