@@ -23,7 +23,7 @@ class Case:
     group: str
     engine: str  # a module of benchmarks.engines
     file: str  # "hf", or a name in peer_files.FILES
-    weights: str | dict[str, Any] | list[dict[str, Any]] | None = None  # as `LLM` takes them
+    weights: Any = None  # as `LLM` takes them: a format, or a list with those of some roles
 
 
 INT4 = {"name": "int4", "group_size": 32}

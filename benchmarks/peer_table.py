@@ -67,7 +67,9 @@ def comparison_table(peers: dict[str, Any]) -> str:
         for goal in found["goals"]
         if not _is_reached(goal)
     ]
-    notes = [f"{model}. In brackets: how many times as good Vivace is; bold: where it is worse"]
+    notes = [
+        f"Shape {model}. In brackets: how many times as good Vivace is; bold: where it is worse"
+    ]
     if missed:
         notes.append(f"Wanted and missed: {'; '.join(missed)}")
     if found["failed"]:
@@ -187,9 +189,9 @@ def _limits(group: str, found: dict[str, Any]) -> str:
     )
     busy = found["busy_share_before_rounds"]
     return (
-        f"- While those of {group} ran: read bandwidth {read} GB/s; 10⁹ operations per second: {operations}; used by other "
-        f"programs before the rounds: {busy['median']:.0%} of the processors, at most "
-        f"{busy['max']:.0%}."
+        f"- While those of {group} ran: read bandwidth {read} GB/s; 10⁹ operations per second: "
+        f"{operations}; used by other programs before the rounds: {busy['median']:.0%} of the "
+        f"processors, at most {busy['max']:.0%}."
     )
 
 
