@@ -60,6 +60,7 @@ def _bars(axis: Any, found: dict[str, Any], measure: str, title: str) -> None:
         axis.plot(floors, names, "k|", markersize=18, label="read floor")
         axis.legend(loc="lower right")
     axis.set_title(title)
+    axis.locator_params(axis="x", nbins=5)
     axis.set_xlabel("tokens per second")
 
 
