@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from benchmarks import harness, shapes
@@ -35,6 +35,7 @@ def prepare(scratch: Path, model: str, file: str) -> Path:
     return unfinished.rename(path)
 
 
+@cache
 def tensor_bytes(path: Path) -> int:
     """Bytes of all tensors in a model's file, a head that is the embedding table once."""
     if path.suffix == ".gguf":
