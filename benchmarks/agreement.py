@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import table
-from benchmarks.harness import LLAMA_CPP, ROOT, machine, run_quietly, save
+from benchmarks.harness import LLAMA_CPP, ROOT, run_quietly, save
 from vivace import LLM
 from vivace.models.gguf.write import Storage, write_gguf
 from vivace.models.loading import load_model
@@ -175,9 +175,7 @@ def main() -> None:
                 name, {k: f"{v['kl_mean']:.2e} {v['top1']:.4f}" for k, v in results[name].items()}
             )
     num_rows = {name: int(chosen.sum()) for name, chosen in rows.items()}
-    command = "python -m benchmarks.agreement " + " ".join(sys.argv[1:])
-    saved = {"command": command.strip(), "machine": machine(), "rows": num_rows, "types": results}
-    print(save("agreement", saved))
+    print(f"written {save('agreement', {'rows': num_rows, 'types': results})}")
     table.main()
 
 

@@ -1,35 +1,33 @@
 """Attention against the read and multiply floors, and the sampler against 1% of a decode step.
 
-    python -m benchmarks.attention [--rounds N] [--threads N]
+    python -m benchmarks.attention [--rounds N] [--threads N] [--quick]
 
 One layer of Llama-3.2-1B's attention at a time, random keys and values, blocks in random order.
 Decoding goes round layers that together do not fit in any cache, as the layers of a model do. Each
 figure is taken between two measurements of its floor in the same process; the floor is their mean.
 The sampler draws from rows as a model gives them (a few likely tokens over a noise floor) and from
 flat ones, 152k tokens each; a step is that of a model of 0.3 GB at 50 GB/s, 6 ms. Writes
-benchmarks/results/attention.json.
+benchmarks/results/attention.json and the tables in docs/benchmarks.md; with --quick contexts are
+short and nothing is written.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import harness, table
 from vivace import _native
 from vivace.executors.native import flatten
 from vivace.types import GroupRows, Segment, Span
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 64, 16
 KV_STORES = {"float32": 4, "bfloat16": 2}
-DECODE_CONTEXTS = (4096, 16384, 32768)
-BATCH, BATCH_CONTEXT = 8, 4096
-PREFILL_ROWS, PREFILL_CONTEXTS = 512, (0, 4096, 16384, 32768)
+PREFILL_ROWS = 512
 COLD_BYTES = 256 << 20  # more than a shared cache holds
 VOCAB, NUM_LOGITS_ROWS, STEP_SECONDS = 151_936, 8, 0.006
 SAMPLERS: dict[str, dict[str, float]] = {
@@ -42,6 +40,19 @@ SAMPLERS: dict[str, dict[str, float]] = {
     "repetition penalty 1.1": {"repetition_penalty": 1.1},
     "log-probabilities, top 5": {"logprobs": 5},
 }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: sequences and context of decodes, entries before the rows of a prefill."""
+
+    decodes: tuple[tuple[int, int], ...]
+    prefills: tuple[int, ...]
+    rounds: int
+
+
+FULL = Sizes(((1, 4096), (1, 16384), (1, 32768), (8, 4096)), (0, 4096, 16384, 32768), 7)
+QUICK = Sizes(((1, 1024), (8, 1024)), (0, 1024), 1)
 
 
 class Layer:
@@ -178,7 +189,8 @@ def sampler(
     }
 
 
-def measure(threads: int, rounds: int) -> dict[str, Any]:
+def measure(threads: int, sizes: Sizes) -> dict[str, Any]:
+    rounds = sizes.rounds
     results: dict[str, Any] = {"threads": threads, "decode": {}, "prefill": {}, "sampler": {}}
 
     def note(group: str, name: str, result: dict[str, Any], share: str) -> None:
@@ -187,12 +199,11 @@ def measure(threads: int, rounds: int) -> dict[str, Any]:
         print(f"{group} {name}: {seconds * 1e6:.0f} us, {result[share]['median']:.1%}", flush=True)
 
     for kv_store in KV_STORES:
-        for context in DECODE_CONTEXTS:
-            result = decode(kv_store, 1, context, threads, rounds)
-            note("decode", f"{kv_store}, 1 at {context}", result, "share_of_read_floor")
-        result = decode(kv_store, BATCH, BATCH_CONTEXT, threads, rounds)
-        note("decode", f"{kv_store}, {BATCH} at {BATCH_CONTEXT}", result, "share_of_read_floor")
-        for context in PREFILL_CONTEXTS:
+        for num_sequences, context in sizes.decodes:
+            result = decode(kv_store, num_sequences, context, threads, rounds)
+            name = f"{kv_store}, {num_sequences} at {context}"
+            note("decode", name, result, "share_of_read_floor")
+        for context in sizes.prefills:
             result = prefill(kv_store, context, threads, rounds)
             note("prefill", f"{kv_store}, after {context}", result, "share_of_peak")
     keeper = Layer("float32", 1, 16, 1, threads)  # keeps the threads, as an executor does
@@ -206,12 +217,12 @@ def measure(threads: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    options = parser.parse_args()
-    path = harness.save("attention", measure(options.threads, options.rounds))
-    print(f"written {path}")
+    options = harness.argument_parser("attention", __doc__, rounds=FULL.rounds).parse_args()
+    sizes = QUICK if options.is_quick else replace(FULL, rounds=options.rounds)
+    results = measure(options.threads, sizes)
+    if not options.is_quick:
+        print(f"written {harness.save('attention', results)}")
+        table.main()
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
     python -m benchmarks.formats [--sequences 64]
 
-Held-out exercises and text, the same rows as `benchmarks.agreement`. Writes
+Held-out exercises and text, chosen as in `benchmarks.agreement`. Writes
 benchmarks/results/formats.json, formats.png and the table in docs/formats.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,32 @@ import numpy as np
 
 from benchmarks import table
 from benchmarks.agreement import LENGTH, differences, held_out
-from benchmarks.harness import machine, save
+from benchmarks.harness import save
 from vivace import LLM
-from vivace.registry import Seam
+from vivace.registry import seams
 
 GROUPWISE = ("int8", "int4", "int3", "int2")
+PANELS = (  # of the plot: bits from, and below
+    ("less than 4 bits", 0, 4),
+    ("4 to 5 bits", 4, 5.5),
+    ("6 to 16 bits", 5.5, 32),
+)
+FAMILIES = {  # colours, by the name of the technique
+    "table": "#dd8833",
+    "codebook": "#cc4466",
+    "block_float": "#8855aa",
+    "int": "#3366aa",
+    "float": "#666666",
+}
+# Where a label may stand, in points from its own: beside it, then above and below in turn.
+LABEL_PLACES = [
+    (side * 7, sign * step) for step in range(0, 60, 5) for sign in (1, -1) for side in (1, -1)
+]
 
 
 def configurations() -> list[dict[str, Any]]:
     """Every technique of the seam with its defaults, and the group-wise ones in their variants."""
-    names = [name for name in Seam("vivace.techniques.weight_formats").names() if name != "stored"]
+    names = [name for name in seams()["weight_formats"].names() if name != "stored"]
     found: list[dict[str, Any]] = [{"name": name} for name in names if name != "table"]
     if "table" in names:
         from vivace.techniques.weight_formats.table import PRESETS
@@ -39,8 +54,7 @@ def configurations() -> list[dict[str, Any]]:
 
 
 def label(config: dict[str, Any]) -> str:
-    technique = Seam("vivace.techniques.weight_formats").create(**config)
-    options = technique.options()
+    options = seams()["weight_formats"].create(**config).options()
     if config["name"] in GROUPWISE:
         size = options["group_size"]
         kind = "" if options["symmetric"] else ", zeros"
@@ -68,28 +82,60 @@ def perplexity(logits: np.ndarray, sequences: np.ndarray, rows: np.ndarray) -> f
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    import matplotlib.pyplot as plt
+    """KL over bits, in panels: most formats have between 4 and 5 bits."""
+    import matplotlib
 
-    figure, axis = plt.subplots(figsize=(9, 6))
-    for name, values in results["formats"].items():
-        if values["text"]["kl_mean"] <= 0:
-            continue
-        axis.plot(values["bits_per_weight"], values["text"]["kl_mean"], "o", markersize=4)
-        axis.annotate(
-            name,
-            (values["bits_per_weight"], values["text"]["kl_mean"]),
-            fontsize=6,
-            xytext=(3, 2),
-            textcoords="offset points",
-        )
-    axis.set_xscale("log", base=2)
-    axis.set_xticks([2, 3, 4, 5, 6, 8, 16], ["2", "3", "4", "5", "6", "8", "16"])
-    axis.set_yscale("log")
-    axis.set_xlabel("bits per weight")
-    axis.set_ylabel("KL from float32, nats per token of text")
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(PANELS), figsize=(16, 6), width_ratios=(4, 5, 6), layout="constrained"
+    )
+    panels = []
+    for axis, (title, low, high) in zip(axes, PANELS, strict=True):
+        points = {
+            name: (values["bits_per_weight"], values["text"]["kl_mean"])
+            for name, values in results["formats"].items()
+            if low <= values["bits_per_weight"] < high and values["text"]["kl_mean"] > 0
+        }
+        for name, point in points.items():
+            axis.plot(*point, "o", color=colour(name), markersize=5)
+        axis.set_yscale("log")
+        axis.set_title(title)
+        axis.set_xlabel("bits per weight")
+        axis.margins(x=0.3, y=0.08)
+        axis.grid(alpha=0.3)
+        panels.append((axis, points))
+    axes[0].set_ylabel("KL from float32, nats per token of text")
+    figure.draw_without_rendering()  # panels have their places from here on
+    for axis, points in panels:
+        add_labels(axis, points)
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def colour(name: str) -> str:
+    return next((code for family, code in FAMILIES.items() if family in name), "black")
+
+
+def add_labels(axis: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside their points, at the nearest place that neither covers."""
+    taken = {name: axis.transData.transform(point) for name, point in points.items()}
+    boxes: list[Any] = []
+    for name, point in sorted(points.items(), key=lambda item: -item[1][1]):
+        label = axis.annotate(
+            name, point, (0, 0), textcoords="offset points", fontsize=8, va="center"
+        )
+        label.set_color(colour(name))
+        for x, y in LABEL_PLACES:
+            label.set(position=(x, y), horizontalalignment="left" if x > 0 else "right")
+            box = label.get_window_extent()
+            is_inside = axis.bbox.contains(box.x0, box.y0) and axis.bbox.contains(box.x1, box.y1)
+            wide = box.padded(6)  # a point is not only its middle
+            is_covered = any(wide.contains(*taken[other]) for other in taken if other != name)
+            if is_inside and not is_covered and not any(box.overlaps(other) for other in boxes):
+                break
+        boxes.append(label.get_window_extent())
 
 
 def main() -> None:
@@ -97,7 +143,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     arguments = parser.parse_args()
     sequences, rows = held_out(arguments.sequences)
-    truth, bits = measure({"name": "float32"}, sequences)
+    truth, _ = measure({"name": "float32"}, sequences)
     formats: dict[str, Any] = {}
     for config in configurations():
         logits, bits = measure(config, sequences)
@@ -110,10 +156,9 @@ def main() -> None:
         print(
             f"{label(config):32} {bits:6.3f} bits  KL {values['text']['kl_mean']:.2e}", flush=True
         )
-    command = "python -m benchmarks.formats " + " ".join(sys.argv[1:])
-    num_rows = {name: int(chosen.sum()) for name, chosen in rows.items()}
-    results = {"command": command.strip(), "machine": machine(), "rows": num_rows} | {
-        "formats": dict(sorted(formats.items(), key=lambda item: item[1]["bits_per_weight"]))
+    results = {
+        "rows": {name: int(chosen.sum()) for name, chosen in rows.items()},
+        "formats": dict(sorted(formats.items(), key=lambda item: item[1]["bits_per_weight"])),
     }
     path = save("formats", results)
     plot(results, path.with_suffix(".png"))

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import platform
+import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
-PEERS = Path(os.environ.get("VIVACE_PEERS") or ROOT / ".venv-peers")
+PEERS = Path(os.environ.get("PEERS") or ROOT / ".venv-peers").absolute()  # as in the Makefile
 LLAMA_CPP = PEERS / "venv/bin/python"
 OPENVINO = PEERS / "openvino/bin/python"
+VIVACE = (sys.executable, "-m", "vivace.cli")  # the program
 
 
 def machine() -> dict[str, Any]:
@@ -59,11 +65,17 @@ def summary(values: list[float]) -> dict[str, Any]:
     }
 
 
-class Worker:
-    """One engine in a process of its own, asked one thing at a time: JSON lines in and out."""
+class WorkerFailed(RuntimeError):
+    """A worker's process ended, or said that it cannot do what it was asked."""
 
-    def __init__(self, name: str, module: str, python: Path | None = None, **options: Any) -> None:
-        self.name = name
+
+class Worker:
+    """One engine in a process of its own, asked one thing at a time: JSON lines in and out.
+
+    Raises `WorkerFailed`, also from `ask`; the process has ended then.
+    """
+
+    def __init__(self, module: str, python: Path | None = None, **options: Any) -> None:
         self.process = subprocess.Popen(
             [str(python or sys.executable), "-m", module, json.dumps(options)],
             stdin=subprocess.PIPE,
@@ -75,30 +87,48 @@ class Worker:
 
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # what it said before it ended is read below
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
         return self._receive()
 
     def _receive(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the worker {self.name} ended: {self.process.wait()}")
-        answer = json.loads(line)
+        answer = json.loads(line) if line else {"error": _how_it_ended(self.process.wait())}
         if "error" in answer:
-            raise RuntimeError(answer["error"])
+            self.close()
+            raise WorkerFailed(answer["error"])
         return answer
 
     def close(self) -> None:
+        """End the process; its output is no longer read."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+def _how_it_ended(code: int) -> str:
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}"
+    return f"its process ended with exit code {code}"
 
 
 class Engine(Protocol):
-    """What a worker of `benchmarks.engines` measures; made with the options of its `Worker`."""
+    """What a worker of `benchmarks.engines` measures.
 
-    facts: dict[str, Any]  # for the worker's `ready`
+    It is made with `path`, `threads`, `max_context` (tokens that it has to hold, for those that
+    ask beforehand) and options of its own.
+    """
+
+    facts: dict[str, Any]  # for the worker's `ready`: version, cache_bytes_per_token, settings
 
     def prefill(self, num_tokens: int, offset: int) -> float:
         """Seconds of a prompt that nobody has seen, up to the logits of its last row."""
@@ -111,42 +141,42 @@ class Engine(Protocol):
 
 def serve_engine(make: Callable[..., Engine]) -> None:
     """Serve an engine; `start_seconds` are those from its making to its first token."""
-    out = _only_answers()
     options = json.loads(sys.argv[1])
-    began = time.perf_counter()
-    try:
+
+    def start() -> tuple[dict[str, Any], dict[str, Any]]:
+        began = time.perf_counter()
         engine = make(**options)
         engine.prefill(8, 0)
-    except Exception as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=out, flush=True)
-        sys.exit(1)
-    ready = engine.facts | {"start_seconds": time.perf_counter() - began}
-    handlers = {
-        "prefill": lambda **how: {"seconds": engine.prefill(**how)},
-        "decode": lambda **how: {"seconds": engine.decode(**how)},
-        "memory": memory,
-    }
-    _serve(out, handlers, ready)
+        ready = engine.facts | {"start_seconds": time.perf_counter() - began}
+        handlers = {
+            "prefill": lambda **how: {"seconds": engine.prefill(**how)},
+            "decode": lambda **how: {"seconds": engine.decode(**how)},
+            "memory": memory,
+        }
+        return handlers, ready
+
+    _serve(start)
 
 
 def serve(handlers: dict[str, Any], ready: dict[str, Any] | None = None) -> None:
     """The worker's side of `Worker`: `handlers[request["do"]](**rest)` returns a dictionary."""
-    _serve(_only_answers(), handlers, ready or {})
+    _serve(lambda: (handlers, ready or {}))
 
 
-def _only_answers() -> TextIO:
-    """What was stdout; whatever libraries print goes to stderr."""
+def _serve(start: Callable[[], tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """Answer until stdin ends. What goes wrong is the last answer; its trace goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return out
-
-
-def _serve(out: TextIO, handlers: dict[str, Any], ready: dict[str, Any]) -> None:
-    print(json.dumps(ready), file=out, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = handlers[request.pop("do")](**request)
+    os.dup2(2, 1)  # whatever libraries print
+    try:
+        handlers, answer = start()
         print(json.dumps(answer), file=out, flush=True)
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer = handlers[request.pop("do")](**request)
+            print(json.dumps(answer), file=out, flush=True)
+    except Exception as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=out, flush=True)
+        raise
 
 
 def busy_share() -> float:
@@ -197,10 +227,18 @@ def run_quietly(command: Sequence[str | Path]) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr[-2000:].strip()}")
 
 
+def without_folders(text: str) -> str:
+    """Absolute paths down to their last names: where files lie on this machine is nobody's matter.
+
+    Web addresses stay.
+    """
+    return re.sub(r"(?<![\w:/.])/(?:[^\s/:'\"`]+/)+", "", text)
+
+
 def described(name: str, results: dict[str, Any]) -> dict[str, Any]:
     """Results with the command and the machine that they are of."""
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
-    return {"command": command, "machine": machine()} | results
+    return {"command": without_folders(command), "machine": machine()} | results
 
 
 def save(name: str, results: dict[str, Any]) -> Path:
@@ -208,3 +246,29 @@ def save(name: str, results: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(described(name, results), indent=1) + "\n")
     return path
+
+
+def argument_parser(name: str, doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """What the benchmarks that measure time have in common on the command line."""
+    parser = argparse.ArgumentParser(
+        f"python -m benchmarks.{name}", description=(doc or "").partition("\n")[0]
+    )
+    parser.add_argument("--rounds", type=_positive, default=rounds)
+    parser.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--quick", action="store_true", dest="is_quick", help="a short try: nothing is written"
+    )
+    return parser
+
+
+def add_scratch(parser: argparse.ArgumentParser) -> None:
+    """`--scratch DIR`, where models are written once."""
+    scratch = Path(tempfile.gettempdir()) / "vivace-bench"
+    parser.add_argument("--scratch", type=lambda text: Path(text).resolve(), default=scratch)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
+    return value

@@ -22,13 +22,16 @@ class Case:
     name: str
     group: str
     engine: str  # a module of benchmarks.engines
-    file: str  # a name in peer_files.FILES
-    weights: str | dict[str, Any] | None = None  # what `LLM(weights=...)` takes
+    file: str  # "hf", or a name in peer_files.FILES
+    weights: Any = None  # as `LLM` takes them: a format, or a list with those of some roles
 
 
+INT4 = {"name": "int4", "group_size": 32}
+INT2 = [{"name": "int2", "group_size": 32}, INT4 | {"role": "head"}]
 CASES = (
-    Case("Vivace int4", "4 bits", "vivace", "hf", {"name": "int4", "group_size": 32}),
-    Case("Vivace int2", "4 bits", "vivace", "hf", "int2"),
+    Case("Vivace int4", "4 bits", "vivace", "hf", INT4),
+    Case("Vivace int2, head int4", "4 bits", "vivace", "hf", INT2),
+    Case("Vivace Q4_0", "4 bits", "vivace", "q4_0.gguf"),  # the file that llama.cpp has
     Case("llama.cpp Q4_0", "4 bits", "llama_cpp", "q4_0.gguf"),
     Case("OpenVINO int4", "4 bits", "openvino", "openvino-int4"),
     Case("Vivace int8", "8 bits", "vivace", "hf", "int8"),
@@ -36,8 +39,10 @@ CASES = (
     Case("OpenVINO int8", "8 bits", "openvino", "openvino-int8"),
     Case("Vivace bfloat16", "16 bits", "vivace", "hf", "bfloat16"),
     Case("llama.cpp F16", "16 bits", "llama_cpp", "f16.gguf"),
+    Case("llama.cpp BF16", "16 bits", "llama_cpp", "bf16.gguf"),
     Case("transformers bfloat16", "16 bits", "transformers", "hf"),
 )
+COMPARED = ("Vivace int4", "Vivace int8", "Vivace bfloat16")  # in README, with their groups
 
 
 @dataclass(frozen=True)
@@ -117,10 +122,9 @@ def _cost(num_sequences: int, case: str) -> Callable[[Results], float]:
 
 def _prefill_share(limit: str, case: str) -> Callable[[Results], float]:
     def value(results: Results) -> float:
-        return (
-            results["cases"][case]["prefill_operations_per_second"]
-            / results["operations_per_second"][limit]["median"]
-        )
+        found = results["cases"][case]
+        peak = results["limits"][found["group"]]["operations_per_second"][limit]["median"]
+        return found["prefill_operations_per_second"] / peak
 
     return value
 
@@ -136,17 +140,21 @@ def _goals() -> tuple[Goal, ...]:
         ("decode 1", "Vivace int4", "OpenVINO int4", 1.5),
         ("decode 1", "Vivace int8", "llama.cpp Q8_0", 1.0),
         ("decode 1", "Vivace int8", "OpenVINO int8", 1.0),
-        ("decode 1", "Vivace int2", "Vivace int4", 1.35),
+        ("decode 1", "Vivace int2, head int4", "Vivace int4", 1.35),
+        ("decode 1", "Vivace Q4_0", "llama.cpp Q4_0", None),
         ("decode 1", "Vivace bfloat16", "llama.cpp F16", None),
+        ("decode 1", "Vivace bfloat16", "llama.cpp BF16", None),
         ("decode 1", "Vivace bfloat16", "transformers bfloat16", None),
         ("decode 16", "Vivace int4", "llama.cpp Q4_0", 2.0),
         ("decode 16", "Vivace int4", "OpenVINO int4", None),
-        ("decode 16", "Vivace bfloat16", "llama.cpp F16", None),
+        ("decode 16", "Vivace Q4_0", "llama.cpp Q4_0", None),
+        ("decode 16", "Vivace bfloat16", "llama.cpp BF16", None),
         (PREFILL, "Vivace int4", "llama.cpp Q4_0", 2.0),
         (PREFILL, "Vivace int4", "OpenVINO int4", 1.4),
+        (PREFILL, "Vivace Q4_0", "llama.cpp Q4_0", None),
         (PREFILL, "Vivace int8", "OpenVINO int8", None),
         (PREFILL, "Vivace bfloat16", "transformers bfloat16", 1.05),
-        (PREFILL, "Vivace bfloat16", "llama.cpp F16", None),
+        (PREFILL, "Vivace bfloat16", "llama.cpp BF16", None),
     )
     for measure, ours, theirs, least in ratios:
         title = f"{measure}: {ours} ÷ {theirs}"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from benchmarks import harness, shapes
-from benchmarks.harness import LLAMA_CPP, OPENVINO, ROOT, run_quietly
+from benchmarks.harness import LLAMA_CPP, OPENVINO, ROOT, VIVACE, run_quietly
 from benchmarks.peer_cases import MODELS
 from vivace.models.formats.gguf import GgufFile
 
@@ -36,6 +35,7 @@ def prepare(scratch: Path, model: str, file: str) -> Path:
     return unfinished.rename(path)
 
 
+@cache
 def tensor_bytes(path: Path) -> int:
     """Bytes of all tensors in a model's file, a head that is the embedding table once."""
     if path.suffix == ".gguf":
@@ -50,8 +50,7 @@ def tensor_bytes(path: Path) -> int:
 
 
 def _export(storage: str, source: Path, target: Path) -> None:
-    vivace = (sys.executable, "-m", "vivace.cli", "export", "--force")
-    run_quietly([*vivace, source, target, "--type", storage])
+    run_quietly([*VIVACE, "export", "--force", source, target, "--type", storage])
 
 
 def _quantize(file_type: int, source: Path, target: Path) -> None:
@@ -68,6 +67,7 @@ def _compress(bits: int, source: Path, target: Path) -> None:
 
 FILES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {  # by name: made of what, and how
     "f16.gguf": ("hf", partial(_export, "f16")),
+    "bf16.gguf": ("hf", partial(_export, "bf16")),
     "q4_0.gguf": ("f16.gguf", partial(_quantize, Q4_0)),
     "q8_0.gguf": ("f16.gguf", partial(_quantize, Q8_0)),
     "openvino-int4": ("hf", partial(_compress, 4)),

@@ -36,6 +36,7 @@ class LlamaCpp:
         entries = 2 * llama.llama_model_n_layer(model) * llama.llama_model_n_head_kv(model) * size
         self.facts = {
             "version": f"llama-cpp-python {metadata.version('llama_cpp_python')}",
+            "settings": {"built_for": llama.llama_print_system_info().decode(), "cache": "float16"},
             "cache_bytes_per_token": 2 * entries,
         }
 

@@ -18,6 +18,14 @@ from benchmarks import harness
 ov = importlib.import_module("openvino")  # not in the Python that checks types
 operations = importlib.import_module("openvino.opset13")
 
+SETTINGS = (  # what the defaults amount to
+    "INFERENCE_PRECISION_HINT",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "KV_CACHE_PRECISION",
+    "NUM_STREAMS",
+    "INFERENCE_NUM_THREADS",
+)
+
 
 class OpenVino:
     def __init__(self, path: str, threads: int, max_context: int) -> None:
@@ -33,6 +41,7 @@ class OpenVino:
         entry_bytes = compiled.get_property("KV_CACHE_PRECISION").size
         self.facts = {
             "version": metadata.version("openvino"),
+            "settings": {name: _plain(compiled.get_property(name)) for name in SETTINGS},
             "cache_bytes_per_token": entries * entry_bytes,
         }
         self.noise = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
@@ -65,6 +74,10 @@ class OpenVino:
         begin = time.perf_counter()
         self.request.infer(inputs, share_inputs=True, share_outputs=True)
         return time.perf_counter() - begin
+
+
+def _plain(value: Any) -> Any:
+    return value.get_type_name() if isinstance(value, ov.Type) else value
 
 
 def _only_last_logits(model: Any) -> None:

@@ -19,6 +19,7 @@ class Transformers:
         entries = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         self.facts = {
             "version": f"{metadata.version('transformers')}, torch {torch.__version__}",
+            "settings": {"attention": config._attn_implementation, "cache": "bfloat16"},
             "cache_bytes_per_token": 2 * entries,
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
@@ -13,16 +14,20 @@ from vivace.engine.request import Event, Request
 
 
 class Vivace:
-    def __init__(
-        self, path: str, threads: int, max_context: int, weights: str | dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, path: str, threads: int, max_context: int, weights: Any = None) -> None:
         self.llm = LLM(
-            path, weights=weights, kv="bfloat16", threads=threads, max_context=max_context
+            path,
+            weights=weights,
+            kv="bfloat16",
+            threads=threads,
+            max_context=max_context,
+            weight_cache=Path(path).parent / "packed",
         )
         executor, size = self.llm.engine.executor, self.llm.engine.pool.block_size
         groups = range(len(self.llm.graph.groups))
         self.facts = {
             "version": metadata.version("vivace"),
+            "settings": {"cache": "bfloat16"},
             "weight_bytes": self.llm.weight_bytes,
             "cache_bytes": self.llm.cache_bytes,
             "cache_bytes_per_token": sum(executor.bytes_per_block(g, size) for g in groups) / size,

@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["LLAMA_CPP", "PYTHON", "LlamaCpp", "has_peers"]
 
-_ROOT = Path(os.environ.get("VIVACE_PEERS") or Path(__file__).parents[2] / ".venv-peers")
+_ROOT = Path(os.environ.get("PEERS") or Path(__file__).parents[2] / ".venv-peers")
 PYTHON = _ROOT / "venv" / "bin" / "python"
 LLAMA_CPP = _ROOT / "source" / "vendor" / "llama.cpp"
 
