@@ -209,7 +209,8 @@ _OTHERS = (
         "weights",
         Kind.TEXT,
         None,
-        "how weights are stored: a weight_formats technique, as NAME or NAME:OPTION=VALUE,...",
+        "how weights are stored: a weight_formats technique, as NAME or NAME:OPTION=VALUE,...; "
+        "others for head, embedding or router follow: int2,head=int4",
     ),
     Setting(
         "weight_cache",
@@ -369,11 +370,11 @@ def _from_file(path: Path) -> dict[str, Value]:
 def _from_plan(path: Path) -> dict[str, Value]:
     from vivace.plan import Plan  # needs numpy, which most commands do without
 
-    choices = Plan.load(path).choices
+    plan = Plan.load(path)
     return {
-        name: Value(choices[seam][0][0], f"plan {path}")
+        name: Value(plan.spell(seam), f"plan {path}")
         for name, seam in _SEAMS.items()
-        if choices.get(seam)
+        if plan.choices.get(seam)
     }
 
 

@@ -25,9 +25,9 @@ from vivace.executors.native import NativeExecutor
 from vivace.models.loading import LoadedModel, load_model
 from vivace.models.segmentation import Tokenization, check_tokenization
 from vivace.models.weight_cache import cache_folder, packed_weights
-from vivace.plan import DEFAULTS, Plan, ResolvedPlan, resolve
+from vivace.plan import DEFAULTS, Choices, Plan, ResolvedPlan, resolve
 from vivace.registry import seams
-from vivace.techniques.weight_formats.base import matrix_of
+from vivace.techniques.weight_formats.base import matrix_formats, matrix_of
 from vivace.types import InputSegment, RequestKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class LLM:
         model: a directory, a GGUF file, `org/name` on the hub, or a shipped name.
         plan: which techniques run: a `Plan`, or the path of a TOML file; `None`: the exact default.
         weights: weight format, by name ("int4", "int4:group_size=64") or as a table with its
-            options; over what the plan says.
+            options, or a list with those of some roles ("int2,head=int4" or ["int2", {"name":
+            "int4", "role": "head"}]); in the place of what the plan says.
         kv: likewise the key/value store. By default both follow the checkpoint's type.
         threads: `None`: as many as this process may use.
         max_context: tokens of a sequence; `None`: the model's, but at most 8,192.
@@ -87,8 +88,8 @@ class LLM:
         self,
         model: str | Path = "tiny",
         plan: Plan | str | Path | None = None,
-        weights: str | Mapping[str, Any] | None = None,
-        kv: str | Mapping[str, Any] | None = None,
+        weights: Choices | None = None,
+        kv: Choices | None = None,
         threads: int | None = None,
         max_context: int | None = None,
         cache_bytes: int | None = None,
@@ -152,8 +153,8 @@ class LLM:
     def estimate(
         model: str | Path = "tiny",
         plan: Plan | str | Path | None = None,
-        weights: str | Mapping[str, Any] | None = None,
-        kv: str | Mapping[str, Any] | None = None,
+        weights: Choices | None = None,
+        kv: Choices | None = None,
         max_context: int | None = None,
         cache_bytes: int | None = None,
     ) -> Estimate:
@@ -481,8 +482,8 @@ def _checked_ids(token_ids: Any) -> list[int]:
 def _resolve(
     model: LoadedModel,
     plan: Plan | str | Path | None,
-    weights: str | Mapping[str, Any] | None,
-    kv: str | Mapping[str, Any] | None,
+    weights: Choices | None,
+    kv: Choices | None,
 ) -> ResolvedPlan:
     """The plan, with storage types over it, and the checkpoint's own where all are silent."""
     plan = plan if isinstance(plan, Plan) else Plan() if plan is None else Plan.load(plan)
@@ -507,9 +508,15 @@ def _check_whole(name: str, value: Any, high: int) -> None:
 
 
 def weight_formats(graph: ModelGraph, plan: ResolvedPlan) -> dict[WeightRef, WeightFormat]:
-    """The format of every matrix."""
-    body, others = plan.one("weight_formats"), _role_formats(plan)
-    return {ref: others.get(role) or body for ref, role in matrix_roles(graph).items()}
+    """The format of every matrix. Raises `InvalidOption` for a role that no matrix has."""
+    roles = set(matrix_roles(graph).values())
+    for role in plan.by_role("weight_formats"):
+        if role not in roles:
+            raise InvalidOption(
+                f"a weight format is given for the role '{role}', but the model's matrices are of "
+                f"{', '.join(sorted(roles))} (a tied embedding is the head): leave it out"
+            )
+    return matrix_formats(graph, plan.one("weight_formats"), _role_formats(plan))
 
 
 def _role_formats(plan: ResolvedPlan) -> dict[Role, WeightFormat]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,15 @@ from vivace.errors import (
 from vivace.registry import Seam, Technique, seams
 from vivace.types import Change, Exactness, Need
 
-__all__ = ["DEFAULTS", "Plan", "ResolvedPlan", "parse_choice", "resolve"]
+__all__ = ["DEFAULTS", "Choices", "Plan", "ResolvedPlan", "parse_choices", "resolve"]
+
+Choice = tuple[str, Mapping[str, Any]]  # a technique and its options
+# How a seam's techniques are given: as text (see `parse_choices`), as a table as a plan has them,
+# or as a list of both.
+Choices = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
 # What runs where a plan is silent. Storage formats follow the checkpoint: see `LLM`.
-DEFAULTS: dict[str, str | Mapping[str, Any]] = {
+DEFAULTS: dict[str, Choices] = {
     "weight_formats": "float32",
     "kv_stores": "float32",
     "schedulers": "chunked",
@@ -36,66 +42,99 @@ DEFAULTS: dict[str, str | Mapping[str, Any]] = {
 class Plan:
     """Names and options per seam; `measured` records where it was measured, as plain data."""
 
-    choices: Mapping[str, tuple[tuple[str, Mapping[str, Any]], ...]] = field(default_factory=dict)
+    choices: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def of(**choices: str | Mapping[str, Any]) -> Plan:
-        """`Plan.of(schedulers={"name": "chunked", "chunk_size": 64}, weight_formats="int4")`.
-
-        A technique's options may stand in its text, too: see `parse_choice`.
-        """
+    def of(**choices: Choices) -> Plan:
+        """`Plan.of(schedulers={"name": "chunked", "chunk_size": 64}, weight_formats="int4")`."""
         return Plan.from_dict(choices)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Plan:
-        choices = {}
-        for seam, value in data.items():
-            if seam == "measured":
-                continue
-            items = value if isinstance(value, list) else [value]
-            choices[seam] = tuple(_choice(seam, item) for item in items)
+        """A plan of `Choices` by seam. Raises `InvalidOption`."""
+        seam_data = {seam: value for seam, value in data.items() if seam != "measured"}
+        choices = {seam: _choices(seam, value) for seam, value in seam_data.items()}
         return Plan(choices, data.get("measured", {}))
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """Read a plan. Raises `BadFile` if it cannot be read or is not TOML."""
+        """Read a plan. Raises `BadFile` if it cannot be read, is not TOML or no plan."""
         try:
             return Plan.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        except InvalidOption as error:
+            raise BadFile(f"plan {path}: {error}") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise BadFile(
                 f"plan {path}: {error}: expected a TOML file with a table per seam"
             ) from error
 
-    def with_defaults(self, defaults: Mapping[str, str | Mapping[str, Any]]) -> Plan:
-        missing = {seam: (_choice(seam, item),) for seam, item in defaults.items()}
+    def with_defaults(self, defaults: Mapping[str, Choices]) -> Plan:
+        missing = {seam: _choices(seam, value) for seam, value in defaults.items()}
         return Plan(missing | dict(self.choices), self.measured)
 
-
-def _choice(seam: str, item: Any) -> tuple[str, Mapping[str, Any]]:
-    if isinstance(item, str):
-        return parse_choice(item)
-    if isinstance(item, Mapping) and isinstance(item.get("name"), str):
-        return item["name"], {key: value for key, value in item.items() if key != "name"}
-    raise BadFile(f'plan: [{seam}] needs name = "..." beside its options, not {item!r}')
+    def spell(self, seam: str) -> str:
+        """A seam's choices as text, to be read: see `parse_choices`."""
+        ordered = sorted(self.choices[seam], key=lambda choice: "role" in choice[1])
+        return ",".join(_spell(*choice) for choice in ordered)
 
 
-def parse_choice(text: str) -> tuple[str, dict[str, Any]]:
-    """A technique and its options as one text, such as `int4:group_size=64,symmetric=false`.
-
-    Values are true, false, numbers or else texts. Raises `InvalidOption`.
-    """
-    name, colon, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for part in rest.split(",") if colon else ():
-        key, sign, value = (piece.strip() for piece in part.partition("="))
-        if not name or not key or not sign or not value or key in options:
+def _choices(seam: str, given: Any) -> tuple[Choice, ...]:
+    found: list[Choice] = []
+    for item in given if isinstance(given, list | tuple) else [given]:
+        if isinstance(item, str):
+            found += parse_choices(item, _ROLES.get(seam, frozenset()))
+        elif isinstance(item, Mapping) and isinstance(item.get("name"), str):
+            options = {key: value for key, value in item.items() if key != "name"}
+            found.append((item["name"], options))
+        else:
             raise InvalidOption(
-                f"'{text}': expected NAME or NAME:OPTION=VALUE,..., each option once, such as "
-                "int4:group_size=64,symmetric=false"
+                f"[{seam}] is {item!r}: expected the name of a technique, or a table with name = "
+                '"..." beside its options'
             )
+    return tuple(found)
+
+
+def parse_choices(text: str, roles: Collection[str] = ()) -> list[Choice]:
+    """Techniques and their options as one text: `int4`, `int4:group_size=64,symmetric=false`.
+
+    Where a seam has roles, techniques for some of them follow: `int2:group_size=64,head=int4`.
+    Values of options are true, false, numbers or else texts. Raises `InvalidOption`.
+    """
+    starts = "|".join(roles)
+    parts = re.split(rf",(?=\s*(?:{starts})\s*=)", text) if roles else [text]
+    found: list[Choice] = []
+    for part in parts:
+        role, _, rest = (piece.strip() for piece in part.partition("="))
+        name, options = _parse_choice(rest if role in roles else part, text)
+        found.append((name, {"role": role, **options} if role in roles else options))
+    return found
+
+
+def _parse_choice(part: str, text: str) -> Choice:
+    name, colon, rest = part.partition(":")
+    options: dict[str, Any] = {}
+    is_right = name.strip() and not set(name) & set(",=")
+    for option in rest.split(",") if colon else ():
+        key, sign, value = (piece.strip() for piece in option.partition("="))
+        is_right = is_right and key and sign and value and key not in options
         options[key] = _value(value)
+    if not is_right:
+        raise InvalidOption(
+            f"'{text}': expected NAME or NAME:OPTION=VALUE,..., each option once, such as "
+            "int4:group_size=64,symmetric=false; others for some roles follow: int2,head=int4"
+        )
     return name.strip(), options
+
+
+def _spell(name: str, options: Mapping[str, Any]) -> str:
+    own = {key: value for key, value in options.items() if key != "role"}
+    role = f"{options['role']}=" if "role" in options else ""
+    return role + name + ":" * bool(own) + ",".join(f"{k}={_text(v)}" for k, v in own.items())
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _value(text: str) -> Any:
@@ -174,7 +213,8 @@ def resolve(plan: Plan, available: Mapping[str, Seam] | None = None) -> Resolved
         roles[seam], own = _split_roles(seam, choices)
         num_general = roles[seam].count(None)
         if seam in _SINGLE and num_general != 1:
-            raise UserError(f"plan: [{seam}] takes one technique, not {num_general}")
+            apart = " apart from those for some roles" if len(own) > num_general else ""
+            raise UserError(f"plan: [{seam}] takes one technique{apart}, not {num_general}")
         made[seam] = tuple(available[seam].create(name, **options) for name, options in own)
     labelled = [(f"{s}.{t.name}", t) for s, items in made.items() for t in items]
     for label, technique in labelled:
@@ -192,8 +232,8 @@ def resolve(plan: Plan, available: Mapping[str, Seam] | None = None) -> Resolved
 
 
 def _split_roles(
-    seam: str, choices: tuple[tuple[str, Mapping[str, Any]], ...]
-) -> tuple[tuple[str | None, ...], Sequence[tuple[str, Mapping[str, Any]]]]:
+    seam: str, choices: tuple[Choice, ...]
+) -> tuple[tuple[str | None, ...], Sequence[Choice]]:
     """The role of each choice, None where it has none, and the choices without it."""
     known = _ROLES.get(seam, frozenset())
     if not known:

@@ -9,10 +9,17 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vivace.errors import IncompatibleTechniques, UnknownTechnique, UserError, VivaceError
+from vivace.errors import (
+    IncompatibleTechniques,
+    InvalidOption,
+    UnknownTechnique,
+    UserError,
+    VivaceError,
+)
 from vivace.plan import Plan, ResolvedPlan, resolve
 from vivace.registry import Seam
 from vivace.types import Change, Exactness, Need
@@ -135,6 +142,54 @@ def test_one_technique_at_a_time_in_a_seam_that_does_not_stack(seam: str, write:
     assert planned(**{seam: "two"}).one(seam).name == "two"
     with pytest.raises(UserError, match=rf"\[{seam}\] takes one technique, not 2"):
         planned(**{seam: ["one", "two"]})
+
+
+BODY = ("int2", {"group_size": 64, "symmetric": False})
+HEAD = ("int4", {"role": "head"})
+
+
+@pytest.mark.parametrize(
+    ("given", "choices"),
+    [
+        ("int2", [("int2", {})]),
+        ("int2:group_size=64,symmetric=false", [BODY]),
+        ("int2:group_size=64,symmetric=false,head=int4", [BODY, HEAD]),
+        (" int2 : group_size = 64 , symmetric = false , head = int4 ", [BODY, HEAD]),
+        (["int2:group_size=64,symmetric=false", "head=int4"], [BODY, HEAD]),
+        (({"name": "int2", "group_size": 64, "symmetric": False}, "head=int4"), [BODY, HEAD]),
+        ({"name": "int4", "role": "head"}, [HEAD]),
+        ("head=int4:group_size=row", [("int4", {"role": "head", "group_size": "row"})]),
+    ],
+)
+def test_choices_are_texts_tables_or_lists(given: Any, choices: list[Any]) -> None:
+    assert Plan.of(weight_formats=given).choices["weight_formats"] == tuple(choices)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ",",
+        "int2,",
+        "int2,hat=int4",
+        "int2=int4",
+        "head=",
+        "head=:a=1",
+        "int2,head=a=b",
+        "head=int4,int2",
+    ],
+)
+def test_texts_that_are_no_choices_are_refused(text: str) -> None:
+    with pytest.raises(InvalidOption, match="expected NAME or NAME:OPTION=VALUE"):
+        Plan.of(weight_formats=text)
+    with pytest.raises(InvalidOption, match="expected NAME or NAME:OPTION=VALUE"):
+        Plan.of(kv_stores="bfloat16,head=float32")  # a seam without roles
+
+
+@pytest.mark.parametrize("given", [7, None, [None], {"group_size": 64}, {"name": 3}])
+def test_what_names_no_technique_is_refused(given: Any) -> None:
+    with pytest.raises(InvalidOption, match=r"\[weight_formats\] is .*expected the name of a"):
+        Plan.of(weight_formats=given)
 
 
 def test_a_plan_is_as_exact_as_its_worst_part(write: Write) -> None:

@@ -13,6 +13,8 @@ import pytest
 from vivace import LLM, SamplingParams
 from vivace.cli import main
 from vivace.config import resolve
+from vivace.models.loading import load_model
+from vivace.techniques.weight_formats.base import Packed
 
 pytestmark = pytest.mark.usefixtures("own_surroundings")
 QUESTION = "What is 7+8?"
@@ -46,11 +48,28 @@ def test_a_quantized_model_answers(tmp_path, capsys) -> None:
 
 
 def test_json_says_what_was_written(tmp_path, capsys) -> None:
-    run("quantize", "tiny", "--format=int8", "--head-format=bfloat16", "-o", "small", "--json")
+    run("quantize", "tiny", "--format=int8,head=bfloat16", "-o", "small", "--json")
     said = json.loads(capsys.readouterr().out)
     assert said["weight_bytes"] == LLM.estimate(tmp_path / "small").weight_bytes
     assert said["num_bytes"] == sum(f.stat().st_size for f in (tmp_path / "small").iterdir())
     assert said["bits_per_weight"] == 8 * said["weight_bytes"] / said["num_weights"]
+
+
+def test_the_group_is_that_of_the_body(tmp_path) -> None:
+    run("quantize", "tiny", "--format", "int4,head=int8", "--group", "64", "-o", "small")
+    weights = load_model(tmp_path / "small").weights
+    kernels = {weights[name].kernel for name in weights if isinstance(weights[name], Packed)}
+    assert kernels == {"int4/64/float16", "int8/row/float32"}
+
+
+def test_a_command_takes_formats_per_role(capsys) -> None:
+    roles = [{"name": "int2", "group_size": 64}, {"name": "int4", "role": "head"}]
+    expected = answer("tiny", weights=roles)
+    weights = "int2:group_size=64,head=int4"
+    run("run", "tiny", QUESTION, "--weights", weights, "--temperature=0", "--max-tokens=12")
+    assert capsys.readouterr().out == expected + "\n"
+    assert LLM.estimate("tiny", weights=weights) == LLM.estimate("tiny", weights=roles)
+    assert LLM.estimate("tiny", weights=weights) != LLM.estimate("tiny", weights=roles[0])
 
 
 @pytest.mark.parametrize(
@@ -61,7 +80,12 @@ def test_json_says_what_was_written(tmp_path, capsys) -> None:
         (["--format", "int4:group_size"], "expected NAME or NAME:OPTION=VALUE"),
         (["--group", "48"], "option 'group_size' of weight_formats technique 'int4' is 48"),
         (["--format", "int4:group_size=64", "--group", "32"], "say the same: give one of them"),
-        (["--embedding-format", "int8"], "use --head-format for both"),
+        (["--format", "int8:group_size=64,head=int4", "--group", "32"], "say the same"),
+        (["--format", "int4,embedding=int8"], "for the role 'embedding', but the model's matrices"),
+        (["--format", "int4,hat=int8"], "expected NAME or NAME:OPTION=VALUE"),
+        (["--format", "int4:group_size=64,hat=int8"], "has no option 'hat'"),
+        (["--format", "head=int8"], "takes one technique apart from those for some roles, not 0"),
+        (["--format", "int4,head=int8,head=int4"], "names the role 'head' twice"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], message: str, tmp_path, capsys) -> None:

@@ -187,7 +187,7 @@ def test_a_plan_that_names_nothing_known_is_refused_with_the_nearest(
         ('[schedulers]\nname = "chunked"\nchunk = 3', "no option 'chunk': did you mean chunk_size"),
         ('[schedulers]\nname = "chunked"\nchunk_size = "a"', "chunk_size' of schedulers technique"),
         ('[schedulers]\nname = "chunked"\nchunk_size = 0', "expected at least 1"),
-        ("[schedulers]\nchunk_size = 3", 'needs name = "..."'),
+        ("[schedulers]\nchunk_size = 3", 'a table with name = "..."'),
         ("[schedulers", "expected a TOML file"),
     ]:
         plan.write_text(text)

@@ -44,6 +44,22 @@ def test_each_source_beats_the_next(tmp_path: Path) -> None:
     assert (nothing["threads"], nothing.origin("threads")) == (None, "default")
 
 
+def test_a_plan_is_shown_with_options_and_roles(tmp_path: Path) -> None:
+    text = (
+        '[[weight_formats]]\nname = "int4"\nrole = "head"\n'
+        '[[weight_formats]]\nname = "int2"\ngroup_size = 64\nsymmetric = false\n'
+    )
+    settings = resolve({"plan": str(write(tmp_path / "p.toml", text))}, {}, [])
+    assert settings["weights"] == "int2:group_size=64,symmetric=false,head=int4"
+
+
+@pytest.mark.parametrize("text", ["weight_formats = 7", "[[kv_stores]]\nfast = true", "[kv_stores"])
+def test_a_plan_that_is_none_is_refused_by_its_name(text: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "p.toml", text)
+    with pytest.raises(BadFile, match=r"plan .*p\.toml: .*expected"):
+        resolve({"plan": str(path)}, {}, [])
+
+
 def test_the_first_file_wins(tmp_path: Path) -> None:
     near = write(tmp_path / "near.toml", "threads = 1\n")
     far = write(tmp_path / "far.toml", "threads = 2\ncontext = 64\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +15,7 @@ from vivace.config import Settings
 from vivace.errors import InvalidOption
 
 if TYPE_CHECKING:
+    from vivace.plan import Plan
     from vivace.techniques.weight_formats.base import Packed
 
 __all__ = ["quantize"]
@@ -25,15 +26,14 @@ def _quantize(
     model: str,
     format: str,
     group: str | None,
-    head_format: str | None,
-    embedding_format: str | None,
     out: str,
 ) -> None:
     """Write MODEL with its matrices packed, as a directory that is a model itself.
 
     MODEL is a directory of safetensors files, org/name on the hub, or a shipped name. A format is a
-    weight_formats technique, with its options if there are any: int4:scale_type=bfloat16. Values
-    are rounded to nearest. A tied embedding has the head's format.
+    weight_formats technique, with its options if there are any: int4:scale_type=bfloat16. Head,
+    embedding and routers may have others: int2,head=int4. Values are rounded to nearest. A tied
+    embedding has the head's format.
     """
     from vivace.llm import weight_formats
     from vivace.models.loading import load_model
@@ -41,10 +41,7 @@ def _quantize(
     from vivace.plan import resolve
 
     loaded = load_model(model)
-    formats = weight_formats(
-        loaded.graph, resolve(_plan(format, group, head_format, embedding_format))
-    )
-    _check_roles(loaded.graph, head_format, embedding_format)
+    formats = weight_formats(loaded.graph, resolve(_plan(format, group)))
     folder = Path(out).expanduser()
     names = packed_names(loaded.graph)
     num_weights = sum(math.prod(ref.shape) for ref in names)
@@ -65,29 +62,23 @@ def _quantize(
         print_table(("directory", "size", "bits per weight"), [row])
 
 
-def _plan(format: str, group: str | None, head: str | None, embedding: str | None) -> Any:
-    from vivace.plan import Plan, parse_choice
+def _plan(format: str, group: str | None) -> Plan:
+    from vivace.plan import Plan
 
-    name, options = parse_choice(format)
-    if group is not None:
-        if "group_size" in options:
-            raise InvalidOption("--group and group_size of --format say the same: give one of them")
-        options["group_size"] = int(group) if group.isdecimal() else group
-    choices: list[Any] = [{"name": name} | options]
-    for role, text in (("head", head), ("embedding", embedding)):
-        if text is not None:
-            name, options = parse_choice(text)
-            choices.append({"name": name, "role": role} | options)
-    return Plan.from_dict({"weight_formats": choices})
-
-
-def _check_roles(graph: Any, head: str | None, embedding: str | None) -> None:
-    from vivace.blocks import Role, matrix_roles
-
-    roles = set(matrix_roles(graph).values())
-    if embedding is not None and Role.EMBEDDING not in roles:
-        raise InvalidOption("the model's embedding is its head: use --head-format for both")
-    assert head is None or Role.HEAD in roles
+    plan = Plan.of(weight_formats=format)
+    if group is None:
+        return plan
+    size = int(group) if group.isdecimal() else group
+    choices = []
+    for name, options in plan.choices["weight_formats"]:
+        if "role" not in options:
+            if "group_size" in options:
+                raise InvalidOption(
+                    "--group and group_size of --format say the same: give one of them"
+                )
+            options = {**options, "group_size": size}
+        choices.append((name, options))
+    return Plan({"weight_formats": tuple(choices)})
 
 
 class _Progress:
@@ -109,17 +100,19 @@ class _Progress:
             print(f"\r{'':<60}\r", end="", file=sys.stderr, flush=True)
 
 
-_FORMAT = "NAME[:OPTION=VALUE,...]"
 quantize = command(
     "quantize",
     _quantize,
     "json",
     parameters=(
         click.Argument(["model"]),
-        click.Option(["--format"], metavar=_FORMAT, default="int4", show_default=True),
-        click.Option(["--group"], metavar="N|row", help="weights that share a scale"),
-        click.Option(["--head-format"], metavar=_FORMAT, help="unset: the same"),
-        click.Option(["--embedding-format"], metavar=_FORMAT, help="unset: the same"),
+        click.Option(
+            ["--format"],
+            metavar="NAME[:OPTION=VALUE,...][,ROLE=NAME...]",
+            default="int4",
+            show_default=True,
+        ),
+        click.Option(["--group"], metavar="N|row", help="weights of the body that share a scale"),
         click.Option(["--out", "-o"], metavar="DIR", required=True, help="new, or empty"),
     ),
 )

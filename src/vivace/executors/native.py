@@ -19,7 +19,6 @@ from vivace.blocks import (
     NormSpec,
     Role,
     WeightRef,
-    matrix_roles,
     weight_refs,
 )
 from vivace.errors import BadFile, NativeError, UnsupportedModel
@@ -27,7 +26,7 @@ from vivace.models.formats.block_tensor import BlockTensor
 from vivace.models.quantized.matrices import QuantizedMatrix
 from vivace.models.rope import rope_table
 from vivace.techniques.kv_stores.base import KVStore
-from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_of
+from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_formats, matrix_of
 from vivace.types import GroupRows, Segment, Step, StepOutput
 
 __all__ = ["NativeExecutor", "Site"]
@@ -88,10 +87,7 @@ class NativeExecutor:
         self._program = _native.Program(
             graph.hidden_size, graph.vocab_size, kv_store.kernel, threads, isa
         )
-        formats = {
-            ref: (role_formats or {}).get(role, weight_format)
-            for ref, role in matrix_roles(graph).items()
-        }
+        formats = matrix_formats(graph, weight_format, role_formats)
         self._tensors = _Tensors(graph, weights, formats, self._program)
         self._num_rope_positions = 0
         self._grow_ropes(min(_FIRST_ROPE_POSITIONS, self.max_positions))

@@ -24,14 +24,13 @@ from vivace.blocks import (
     NormSpec,
     Role,
     WeightRef,
-    matrix_roles,
 )
 from vivace.errors import UnsupportedModel
 from vivace.executors.torch_attention import PagedCache, paged_attend
 from vivace.executors.torch_experts import combine_experts
 from vivace.models.rope import rope_table
 from vivace.techniques.kv_stores.base import KVStore
-from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_of
+from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_formats, matrix_of
 from vivace.types import Step, StepOutput
 
 __all__ = ["Attend", "TorchExecutor", "TorchModel", "dense_causal_attend", "to_torch"]
@@ -217,10 +216,7 @@ class TorchExecutor:
             )
         self.graph = graph
         self.kv_store = kv_store
-        formats = {
-            ref: (role_formats or {}).get(role, weight_format)
-            for ref, role in matrix_roles(graph).items()
-        }
+        formats = matrix_formats(graph, weight_format, role_formats)
         self.model = _PackedModel(graph, weights, formats)
         self.caches: list[PagedCache] = []
 

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 from array_api_compat import array_namespace
 
-from vivace.blocks import WeightRef
+from vivace.blocks import ModelGraph, Role, WeightRef, matrix_roles
 from vivace.errors import BadFile
 from vivace.registry import Technique
 from vivace.techniques.weight_formats import _kernels
 
-__all__ = ["Grid", "Matrix", "Packed", "WeightFormat", "matrix_of"]
+__all__ = ["Grid", "Matrix", "Packed", "WeightFormat", "matrix_formats", "matrix_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +140,11 @@ class WeightFormat(Technique):
         """x [N, in] float32 times the stored matrix, transposed: [N, out] float32."""
         weight = array_namespace(x).asarray(self.dequant(packed))
         return self.round_inputs(x, packed) @ weight.T
+
+
+def matrix_formats(
+    graph: ModelGraph, body: WeightFormat, role_formats: Mapping[Role, WeightFormat] | None
+) -> dict[WeightRef, WeightFormat]:
+    """The format of every matrix: its role's own, else the body's."""
+    own = role_formats or {}
+    return {ref: own.get(role, body) for ref, role in matrix_roles(graph).items()}
