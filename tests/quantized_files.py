@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,26 @@ def quantize_checkpoint(
     fields = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(fields | {"quantization_config": dict(config)}))
     return weights
+
+
+def kind(name: str, group: int = 32) -> tuple[dict[str, Any], Callable[..., Quantized]]:
+    """The config of checkpoints of a kind, and what makes their matrices."""
+    match name:
+        case "gptq":
+            config = {"quant_method": name, "bits": 4, "group_size": group, "sym": False}
+            return config | {"desc_act": False}, partial(gptq, group=group)
+        case "awq":
+            config = {"quant_method": name, "bits": 4, "group_size": group, "version": "gemm"}
+            return config | {"zero_point": True}, partial(awq, group=group)
+        case "packed":
+            weights = int_weights(4, group, False)
+            made = partial(packed, group=group, is_symmetric=False)
+            return group_config("pack-quantized", weights), made
+        case "int8":
+            return group_config("int-quantized", int_weights(8, -1)), int8
+        case "float8":
+            return group_config("float-quantized", float_weights(8)), float8
+    raise AssertionError(name)
 
 
 def group_config(format: str, weights: Mapping[str, Any], **fields: Any) -> dict[str, Any]:

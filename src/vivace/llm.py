@@ -27,7 +27,7 @@ from vivace.models.segmentation import Tokenization, check_tokenization
 from vivace.models.weight_cache import cache_folder, packed_weights
 from vivace.plan import DEFAULTS, Choices, Plan, ResolvedPlan, resolve
 from vivace.registry import seams
-from vivace.techniques.weight_formats.base import matrix_formats, matrix_of
+from vivace.techniques.weight_formats.base import matrix_formats, packed_bytes
 from vivace.types import InputSegment, RequestKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -107,10 +107,8 @@ class LLM:
         self.max_context = _context(self.graph, max_context)
         self.model.check_files()
         formats = weight_formats(self.graph, self.plan)
-        graph, weights = packed_weights(self.model, formats, cache_folder(weight_cache))
         executor = NativeExecutor(
-            graph,
-            weights,
+            *packed_weights(self.model, formats, cache_folder(weight_cache)),
             self.plan.one("weight_formats"),
             self.plan.one("kv_stores"),
             role_formats=_role_formats(self.plan),
@@ -529,5 +527,4 @@ def _role_formats(plan: ResolvedPlan) -> dict[Role, WeightFormat]:
 
 def _weight_bytes(model: LoadedModel, plan: ResolvedPlan) -> int:
     """Bytes of all matrices as the plan stores them."""
-    formats = weight_formats(model.graph, plan)
-    return sum(made.num_bytes(matrix_of(model.weights, ref)) for ref, made in formats.items())
+    return packed_bytes(model.weights, weight_formats(model.graph, plan))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from vivace import LLM, Plan
 from vivace.blocks import matrix_roles
 from vivace.errors import BadFile, InvalidOption, UnsupportedModel
 from vivace.llm import weight_formats
+from vivace.models import weight_cache
 from vivace.models.gguf.export import export_gguf
 from vivace.models.loading import load_model
 from vivace.models.packing import packed_names, write_model
@@ -93,7 +97,7 @@ def test_the_file_is_safetensors_with_aligned_data(tmp_path) -> None:
     (length,) = struct.unpack_from("<Q", data)
     start = 8 + length
     header = json.loads(data[8:start])
-    matrices = json.loads(header["__metadata__"]["matrices"])
+    (matrices,) = json.loads(header["__metadata__"]["matrices"]).values()
     assert start % 64 == 0
     assert all((start + header[name]["data_offsets"][0]) % 64 == 0 for name in matrices)
     model = load_model("tiny")
@@ -143,11 +147,28 @@ def test_a_packed_model_is_not_exported(tmp_path) -> None:
         export_gguf(load_model(packed), tmp_path / "tiny.gguf", None, "gpt-2")
 
 
+@pytest.mark.parametrize("weights", ["int4:group_size=64", "table:preset=nf4"])
+@pytest.mark.parametrize("folder", ["off", "cache"])
+def test_a_group_that_does_not_divide_is_refused(weights: str, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_cache, "MIN_BYTES", 0)
+    (tmp_path / "source").mkdir()
+    checkpoint("llama", tmp_path / "source")
+    message = r"tensor 'model.layers.0.mlp.down_proj.weight': groups of 64 do not divide rows of 96"
+    with pytest.raises(InvalidOption, match=message):
+        LLM(
+            tmp_path / "source",
+            weights=weights,
+            weight_cache="off" if folder == "off" else tmp_path,
+        )
+    with pytest.raises(InvalidOption, match=message):
+        LLM.estimate(tmp_path / "source", weights=weights)
+
+
 def test_nothing_is_left_when_packing_fails(tmp_path) -> None:
     (tmp_path / "source").mkdir()
     checkpoint("llama", tmp_path / "source")
     (tmp_path / "out").mkdir()
-    with pytest.raises(BadFile, match=r"groups of 64 do not divide rows of 96 weights"):
+    with pytest.raises(InvalidOption, match=r"groups of 64 do not divide rows of 96 weights"):
         quantize(tmp_path / "source", tmp_path / "out" / "m", {"name": "int4", "group_size": 64})
     assert left_in(tmp_path / "out") == []
 
@@ -175,8 +196,53 @@ def test_nothing_is_left_when_the_disk_is_full(tmp_path, num_bytes: int) -> None
     assert left_in(tmp_path) == []
 
 
-def test_what_another_run_left_half_written_is_in_nobodys_way(tmp_path) -> None:
-    (tmp_path / ".packed.0123abcd.partial").mkdir()
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from vivace.llm import weight_formats\n"
+        "from vivace.models.loading import load_model\n"
+        "from vivace.models.packing import write_model\n"
+        "from vivace.plan import Plan, resolve\n"
+        "model = load_model('tiny')\n"
+        "formats = weight_formats(model.graph, resolve(Plan.of(weight_formats='int4')))\n"
+        "die = lambda name, packed: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_model(model, formats, Path(sys.argv[1]), die)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "packed")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    (unfinished,) = left_in(tmp_path)
+    assert left_in(tmp_path / unfinished) != []
+    (tmp_path / ".mine.unfinished").write_text("of another name")
     quantize("tiny", tmp_path / "packed", "int4")
-    assert left_in(tmp_path) == [".packed.0123abcd.partial", "packed"]
-    assert logits(tmp_path / "packed").shape[0] == len(TOKENS) - 1
+    assert left_in(tmp_path) == [".mine.unfinished", "packed"]
+
+
+def test_of_two_runs_at_once_the_first_to_end_stays(tmp_path) -> None:
+    def run_other(name: str, packed: Packed) -> None:
+        if "packed" not in left_in(tmp_path):
+            quantize("tiny", tmp_path / "packed", "int8")
+            assert len(left_in(tmp_path)) == 2  # what this run has written is still there
+
+    model = load_model("tiny")
+    formats = weight_formats(model.graph, resolve(Plan.of(weight_formats="int4")))
+    with pytest.raises(OSError, match="not empty"):
+        write_model(model, formats, tmp_path / "packed", run_other)
+    assert left_in(tmp_path) == ["packed"]
+    np.testing.assert_array_equal(logits(tmp_path / "packed"), logits("tiny", weights="int8"))
+
+
+def test_a_damaged_model_is_not_packed_again(tmp_path) -> None:
+    packed = quantize("tiny", tmp_path / "packed", "int8")
+    data = bytearray((packed / "model.safetensors").read_bytes())
+    data[-5000] ^= 1
+    (packed / "model.safetensors").write_bytes(data)
+    with pytest.raises(BadFile, match="its checksum does not fit"):
+        quantize(packed, tmp_path / "again", "int4")
+    assert left_in(tmp_path) == ["packed"]
+
+
+@pytest.mark.parametrize("scale_type", ["float32", "float16"])
+def test_kernels_may_have_long_names(scale_type: str, tmp_path) -> None:
+    values = [(-1) ** index * 1.2345678e-05 * (index + 1) for index in range(64)]
+    weights = {"name": "table", "values": values, "scale_type": scale_type}
+    packed = quantize("tiny", tmp_path / "packed", weights)
+    np.testing.assert_array_equal(logits(packed), logits("tiny", weights=weights))

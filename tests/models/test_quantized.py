@@ -23,6 +23,7 @@ from quantized_files import (
     group_config,
     int8,
     int_weights,
+    kind,
     packed,
     quantize_checkpoint,
     read_tensors,
@@ -75,7 +76,7 @@ def pack(matrix: Any) -> Any:
     return packed, stored.dequant(packed)
 
 
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
+GPTQ, AWQ = kind("gptq")[0], kind("awq")[0]
 SHAPES = [(64, 96), (32, 256), (96, 160)]
 
 
@@ -182,8 +183,6 @@ def test_groups_without_a_kernel_are_decoded_and_said_once(tmp_path, caplog):
 
 
 # ---------------------------------------------------------------- AWQ
-
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
 
 @pytest.mark.parametrize("group", [32, 64, -1])
@@ -325,25 +324,21 @@ def mixed_config() -> dict[str, Any]:
 
 W8A8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any], Any]] = {
-    "gptq": ("llama", GPTQ, gptq),
+    "gptq": ("llama", *kind("gptq")),
     "gptq, 3 bits, symmetric": (
         "qwen2", GPTQ | {"bits": 3, "sym": True}, functools.partial(gptq, bits=3, is_symmetric=True)
     ),
     "gptq, act-order": (
         "llama", GPTQ | {"desc_act": True}, functools.partial(gptq, is_scattered=True)
     ),
-    "gptq, fused": ("phi3", GPTQ, gptq),
-    "gptq, experts": ("mixtral", GPTQ, gptq),
-    "awq": ("llama", AWQ, awq),
-    "awq, experts": ("mixtral", AWQ, awq),
+    "gptq, fused": ("phi3", *kind("gptq")),
+    "gptq, experts": ("mixtral", *kind("gptq")),
+    "awq": ("llama", *kind("awq")),
+    "awq, experts": ("mixtral", *kind("awq")),
     "packed": ("llama", group_config("pack-quantized", int_weights(4)), packed),
-    "packed, zeros": (
-        "qwen3",
-        group_config("pack-quantized", int_weights(4, is_symmetric=False)),
-        functools.partial(packed, is_symmetric=False),
-    ),
-    "int8": ("llama", group_config("int-quantized", int_weights(8, -1)), int8),
-    "float8": ("llama", group_config("float-quantized", float_weights(8)), float8),
+    "packed, zeros": ("qwen3", *kind("packed")),
+    "int8": ("llama", *kind("int8")),
+    "float8": ("llama", *kind("float8")),
     "nvfp4": (
         "llama", group_config("nvfp4-pack-quantized", float_weights(4, 16, "tensor_group")), float4
     ),

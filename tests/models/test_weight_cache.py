@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -11,13 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import checkpoint
+from quantized_files import kind, quantize_checkpoint
 
-from vivace import LLM
+from vivace import LLM, Plan
+from vivace.llm import weight_formats
 from vivace.models import weight_cache
+from vivace.models.formats.packed_file import PackedFile
+from vivace.models.formats.unfinished import whole_file
 from vivace.models.gguf.export import export_gguf
 from vivace.models.loading import load_model
 from vivace.models.location import shipped
-from vivace.models.weight_cache import cache_folder
+from vivace.models.weight_cache import cache_folder, packed_weights
+from vivace.plan import resolve
 
 TOKENS = list(range(5, 25))
 
@@ -89,6 +96,58 @@ def test_the_entry_of_a_model_that_changed_is_replaced(source, folder, caplog) -
     assert caplog.text == ""
     assert len(entries(folder)) == 1
     assert before.shape == expected.shape
+
+
+def test_a_model_of_the_same_size_and_time_is_another(source, folder, caplog) -> None:
+    logits(source, folder)
+    file, times = source / "model.safetensors", (source / "model.safetensors").stat()
+    data = bytearray(file.read_bytes())
+    data[-4000] ^= 0x10
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    np.testing.assert_array_equal(logits(source, folder), logits(source, "off"))
+    assert caplog.text.count("the model has changed since: packing it again") == 1
+
+
+def test_a_file_that_is_replaced_while_it_is_packed_is_packed_again(source, folder) -> None:
+    model, file = load_model(source), source / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-4000] ^= 0x10
+    file.with_name("new").write_bytes(data)
+    file.with_name("new").replace(file)  # the model still has the old one mapped
+    plan = resolve(Plan.of(weight_formats="int4"))
+    packed_weights(model, weight_formats(model.graph, plan), folder)
+    np.testing.assert_array_equal(logits(source, folder), logits(source, "off"))
+
+
+def test_codes_that_others_packed_are_kept_too(folder, tmp_path, caplog) -> None:
+    source = tmp_path / "source"
+    checkpoint("llama", source)
+    config, gptq = kind("gptq")
+    quantize_checkpoint(source, config, gptq)
+    expected = logits(source, "off", "stored")
+    for _ in range(2):
+        np.testing.assert_array_equal(logits(source, folder, "stored"), expected)
+    (entry,) = entries(folder)
+    kernels = {matrix.kernel for matrix in PackedFile(entry).matrices().values()}
+    assert kernels == {"int4/32/float16/zeros"}
+    # The same files mean something else in another dialect.
+    fields = json.loads((source / "config.json").read_text())
+    fields["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (source / "config.json").write_text(json.dumps(fields))
+    other = logits(source, "off", "stored")
+    assert not np.array_equal(other, expected)
+    np.testing.assert_array_equal(logits(source, folder, "stored"), other)
+
+
+def test_what_a_killed_process_left_is_removed(source, folder) -> None:
+    folder.mkdir(parents=True)
+    left = folder / ".other-0123456789abcdef.safetensors.0123456789abcdef.unfinished"
+    left.write_bytes(b"half")
+    with whole_file(folder / "other") as unfinished:
+        logits(source, folder)
+        assert unfinished.exists()
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "not ours"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,40 +9,12 @@ from typing import Any
 
 import numpy as np
 from bad_files import LAYER, make_good
-from quantized_files import (
-    Quantized,
-    awq,
-    float8,
-    float_weights,
-    gptq,
-    group_config,
-    int8,
-    int_weights,
-    packed,
-    quantize_checkpoint,
-    read_tensors,
-    write_tensors,
-)
+from quantized_files import int_weights, kind, quantize_checkpoint, read_tensors, write_tensors
 
 Fields = dict[str, Any]
 Tensors = dict[str, np.ndarray]
 GROUP = 8  # divides rows of 16 and 24 weights
-METHODS: dict[str, tuple[Fields, Callable[..., Quantized]]] = {
-    "gptq": (
-        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False},
-        functools.partial(gptq, group=GROUP),
-    ),
-    "awq": (
-        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"},
-        functools.partial(awq, group=GROUP),
-    ),
-    "packed": (
-        group_config("pack-quantized", int_weights(4, GROUP, False)),
-        functools.partial(packed, group=GROUP, is_symmetric=False),
-    ),
-    "int8": (group_config("int-quantized", int_weights(8, -1)), int8),
-    "float8": (group_config("float-quantized", float_weights(8)), float8),
-}
+METHODS = ("gptq", "awq", "packed", "int8", "float8")
 # name: (method, fragment of the error, change of the config, change of the tensors)
 CASES: dict[str, tuple[str, str, Callable[[Fields], Any], Callable[[Tensors], Any]]] = {}
 
@@ -51,7 +22,7 @@ CASES: dict[str, tuple[str, str, Callable[[Fields], Any], Callable[[Tensors], An
 def make_quantized(path: Path, method: str) -> None:
     """A checkpoint that loads and runs."""
     make_good(path)
-    quantize_checkpoint(path, *METHODS[method])
+    quantize_checkpoint(path, *kind(method, GROUP))
 
 
 def damage(path: Path, name: str) -> None:
@@ -183,6 +154,8 @@ def only_names(first: str, then: str) -> Callable[[Tensors], None]:
     return change
 
 
+tensor_case("gptq", "stored twice", "weight' is there: expected none beside", "weight",
+    lambda _: np.zeros((24, 16), np.float16))  # fmt: skip
 CASES["gptq: g_idx missing, though reordered"] = (
     "gptq",
     "g_idx' is missing beside",
@@ -269,6 +242,14 @@ tensor_case(
     "packed", "scattered groups", "weight_g_idx' is there", "weight_g_idx",
     lambda _: np.zeros(16, np.int32),
 )  # fmt: skip
+tensor_case("packed", "stored twice", "weight' is there: expected none beside", "weight",
+    lambda _: np.zeros((24, 16), np.float16))  # fmt: skip
+tensor_case("packed", "a scale of the matrix", "weight_global_scale' is there: expected none",
+    "weight_global_scale", lambda _: np.ones(1, np.float32))  # fmt: skip
+tensor_case("int8", "a shape", "weight_shape' is there: expected none", "weight_shape",
+    lambda _: np.array([24, 16]))  # fmt: skip
+tensor_case("float8", "zeros", "zero_point' is not zero: expected zeros", "weight_zero_point",
+    lambda _: np.ones((24, 1), np.int8))  # fmt: skip
 tensor_case("int8", "weight of uint8", "is stored as uint8", "weight", as_type(np.uint8))
 tensor_case("int8", "weight_scale missing", "is missing beside weight:", "weight_scale", gone)
 tensor_case("int8", "one scale", "has shape [1]: expected [24, 1]", "weight_scale", lambda s: s[0])

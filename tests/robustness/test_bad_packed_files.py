@@ -71,6 +71,7 @@ def test_the_undamaged_model_loads_and_so_does_one_rewritten(model) -> None:
 
 # ---------------------------------------------------------------- what a header may say wrongly
 
+KERNEL = "int4/32/float16"
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -84,25 +85,29 @@ def in_metadata(key: str, value: Any) -> Change:
     return change
 
 
-def in_matrix(change: Callable[[list[Any]], Any]) -> Change:
-    """Replace what the metadata say of one matrix."""
+def in_matrices(change: Callable[[dict[str, Any]], Any]) -> Change:
+    """Change what the metadata say of matrices by kernel."""
 
     def apply(header: Header, rest: Data) -> None:
         matrices = json.loads(header["__metadata__"]["matrices"])
-        matrices[NAME] = change(matrices[NAME])
+        change(matrices)
         header["__metadata__"]["matrices"] = json.dumps(matrices)
 
     return apply
 
 
+def shaped(change: Callable[[list[int]], Any]) -> Change:
+    """Replace the shape of one matrix."""
+    return in_matrices(lambda m: m[KERNEL].update({NAME: change(m[KERNEL][NAME])}))
+
+
+def of_kernel(kernel: str) -> Change:
+    """Say that another kernel reads one matrix."""
+    return in_matrices(lambda m: m.update({kernel: {NAME: m[KERNEL].pop(NAME)}}))
+
+
 def without_metadata(header: Header, rest: Data) -> None:
     del header["__metadata__"]
-
-
-def without_matrix(header: Header, rest: Data) -> None:
-    matrices = json.loads(header["__metadata__"]["matrices"])
-    del matrices[NAME]
-    header["__metadata__"]["matrices"] = json.dumps(matrices)
 
 
 def without_sum(header: Header, rest: Data) -> Data:
@@ -122,33 +127,36 @@ def infinite_scale(header: Header, rest: Data) -> Data:
 HEADERS: dict[str, tuple[Change, str]] = {
     "no metadata": (without_metadata, "do not say what its matrices mean"),
     "other format": (in_metadata("format", "pt"), "do not say what its matrices mean"),
-    "no version": (in_metadata("version", None), "for version None, this program reads 1"),
-    "later version": (in_metadata("version", "2"), "for version '2', this program reads 1"),
+    "no version": (in_metadata("version", None), "for version None, this program reads 3"),
+    "later version": (in_metadata("version", "4"), "for version '4', this program reads 3"),
     "unknown dtype": (in_metadata("dtype", "float8"), "dtype is 'float8': expected one of float32"),
     "no matrices": (in_metadata("matrices", None), "matrices is None: expected JSON"),
     "matrices are no JSON": (in_metadata("matrices", "{"), "matrices: is not JSON"),
     "matrices are a list": (in_metadata("matrices", "[]"), "expected a JSON object"),
-    "metadata of numbers": (in_metadata("version", 1), "for version 1, this program reads 1"),
-    "unknown kernel": (
-        in_matrix(lambda m: ["int5/32/float16", *m[1:]]),
-        "no kernel for the format",
+    "metadata of numbers": (in_metadata("version", 3), "for version 3, this program reads 3"),
+    "unknown kernel": (of_kernel("int5/32/float16"), "no kernel for the format"),
+    "other kernel": (of_kernel("int4/64/float16"), "takes uint8"),
+    "a kernel without end": (of_kernel("x" * 5000), "expected names and shapes"),
+    "the same matrix twice": (
+        in_matrices(lambda m: m.update({"int4/32/bfloat16": dict(m[KERNEL])})),
+        "is of int4/32/float16 and of 'int4/32/bfloat16'",
     ),
-    "other kernel": (in_matrix(lambda m: ["int4/64/float16", *m[1:]]), "takes uint8"),
-    "kernel is a number": (in_matrix(lambda m: [4, *m[1:]]), "expected kernel, rows, columns"),
+    "matrices of a kernel a list": (
+        in_matrices(lambda m: m.update({KERNEL: [NAME]})),
+        "expected names and shapes",
+    ),
     "a group that does not divide": (
-        in_matrix(lambda m: [m[0], m[1], m[2] + 1]),
+        shaped(lambda m: [m[0], m[1] + 1]),
         "do not divide into groups of 32",
     ),
-    "more rows": (in_matrix(lambda m: [m[0], m[1] + 16, m[2]]), "takes uint8"),
-    "another shape of as many bytes": (
-        in_matrix(lambda m: [m[0], m[1] - 1, m[2]]),
-        "the config expects",
-    ),
-    "no rows": (in_matrix(lambda m: [m[0], 0, m[2]]), "expected sizes of 1 or more"),
-    "negative rows": (in_matrix(lambda m: [m[0], -16, m[2]]), "expected sizes of 1 or more"),
-    "rows beyond 32 bits": (in_matrix(lambda m: [m[0], 2**40, m[2]]), "expected kernel, rows"),
-    "no columns": (in_matrix(lambda m: m[:2]), "expected kernel, rows, columns"),
-    "a matrix without meaning": (without_matrix, "is stored as uint8"),
+    "more rows": (shaped(lambda m: [m[0] + 16, m[1]]), "takes uint8"),
+    "another shape of as many bytes": (shaped(lambda m: [m[0] - 1, m[1]]), "the config expects"),
+    "no rows": (shaped(lambda m: [0, m[1]]), "expected sizes of 1 or more"),
+    "negative rows": (shaped(lambda m: [-16, m[1]]), "expected sizes of 1 or more"),
+    "rows beyond 32 bits": (shaped(lambda m: [2**40, m[1]]), "expected rows, columns"),
+    "rows a text": (shaped(lambda m: ["16", m[1]]), "expected rows, columns"),
+    "no columns": (shaped(lambda m: m[:1]), "expected rows, columns"),
+    "a matrix without meaning": (in_matrices(lambda m: m[KERNEL].pop(NAME)), "is stored as uint8"),
     "a matrix that is missing": (renamed, "is missing"),
     "no checksum": (without_sum, "does not end in a checksum"),
     "an infinite scale": (infinite_scale, "NaN or inf"),

@@ -129,7 +129,7 @@ def test_what_is_not_finite_stays_visible(preset: str, value: float) -> None:
 def test_scales_that_overflow_are_refused() -> None:
     weight = normal(2, 64) * np.float32(1e7)
     with pytest.raises(
-        BadFile, match="a scale is not finite as float16: use scale_type 'bfloat16'"
+        InvalidOption, match="a scale is not finite as float16: use scale_type 'bfloat16'"
     ):
         table("nf4").pack(weight)
     assert is_finite(table("nf4", scale_type="bfloat16").pack(weight))
@@ -155,10 +155,15 @@ def test_refused_options() -> None:
     for preset in ("fp6", "fp8", "afpq4"):
         with pytest.raises(InvalidOption, match="expected 32, 64, 128 or 'row'"):
             table(preset, group_size=16)
-    with pytest.raises(BadFile, match="groups of 64 do not divide rows of 96"):
-        table("nf4").pack(normal(2, 96))
-    with pytest.raises(BadFile, match="groups of 16 do not divide rows of 48"):
-        table("nvfp4").pack(normal(2, 48))
+    for kind, columns, size in ((table("nf4"), 96, 64), (table("nvfp4"), 48, 16)):
+        with pytest.raises(
+            InvalidOption, match=f"groups of {size} do not divide rows of {columns}"
+        ):
+            kind.pack(normal(2, columns))
+        with pytest.raises(
+            InvalidOption, match=f"groups of {size} do not divide rows of {columns}"
+        ):
+            kind.num_bytes(normal(2, columns))
     for options in ({"outlier_share": 0.2}, {"outlier_share": -0.1}, {"max_iterations": 0}):
         with pytest.raises(InvalidOption, match=next(iter(options))):
             FORMATS.create("codebook", **options)
@@ -214,9 +219,18 @@ def test_codebooks_show_what_is_not_finite_and_refuse_long_rows() -> None:
         weight[2, 9] = value
         packed = FORMATS.create("codebook", outlier_share=share).pack(weight)
         assert not is_finite(packed)
-    with pytest.raises(BadFile, match="rows of 65568 weights are too long for outliers"):
+    with pytest.raises(InvalidOption, match="rows of 65568 weights are too long for outliers"):
         codebook.pack(normal(1, 65568))
     assert Codebook.parse("codebook/4/7") == Codebook(4, 7)
+
+
+@pytest.mark.parametrize("kernel", ["table/e1m2/32/float16", "codebook/4/4"])
+def test_what_no_format_writes_is_refused_when_it_is_decoded(kernel: str) -> None:
+    """Kernels know more floats than formats, and read over columns beyond the row."""
+    num_bytes = _native.matrix_bytes(kernel, 2, 64)
+    packed = Packed(kernel, (2, 64), np.full(num_bytes, 0x3C, np.uint8))
+    with pytest.raises(BadFile, match=r"is no table of values|of column 15420 of 64"):
+        FORMATS.create("float32").pack(packed)
 
 
 # ---------------------------------------------------------------- block floats

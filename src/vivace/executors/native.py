@@ -26,7 +26,14 @@ from vivace.models.formats.block_tensor import BlockTensor
 from vivace.models.quantized.matrices import QuantizedMatrix
 from vivace.models.rope import rope_table
 from vivace.techniques.kv_stores.base import KVStore
-from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_formats, matrix_of
+from vivace.techniques.weight_formats.base import (
+    Packed,
+    WeightFormat,
+    matrix_formats,
+    matrix_of,
+    not_finite,
+    pack_matrix,
+)
 from vivace.types import GroupRows, Segment, Step, StepOutput
 
 __all__ = ["NativeExecutor", "Site"]
@@ -59,6 +66,7 @@ class NativeExecutor:
         max_positions: positions that may occur; None: the graph's.
     Raises:
         BadFile: a tensor is missing, of another shape, or not finite.
+        InvalidOption: a format cannot store a matrix.
         UnsupportedModel: the graph is only a share of a model.
     """
 
@@ -287,18 +295,14 @@ class _Tensors:
     def vector(self, ref: WeightRef) -> np.ndarray:
         vector = np.ascontiguousarray(self._stored(ref), np.float32)
         if not np.isfinite(vector).all():
-            raise BadFile(_not_finite(ref.name))
+            raise not_finite(ref.name)
         return vector
 
     def matrix(self, ref: WeightRef) -> Packed:
         if ref not in self._packed:
-            try:
-                packed = self._formats[ref].pack(self._stored(ref))
-            except BadFile as error:
-                raise BadFile(f"tensor '{ref.name}': {error}") from error
-            if not self._program.is_finite(packed):
-                raise BadFile(_not_finite(ref.name))
-            self._packed[ref] = packed
+            self._packed[ref] = pack_matrix(
+                ref.name, self._stored(ref), self._formats[ref], self._program.is_finite
+            )
         return self._packed[ref]
 
     def _stored(self, ref: WeightRef) -> Stored:
@@ -314,10 +318,6 @@ class _Tensors:
                 f"but the config asks for {list(wanted)}: config and weights do not belong together"
             )
         return matrix_of(self._weights, ref)
-
-
-def _not_finite(name: str) -> str:
-    return f"tensor '{name}' holds NaN or infinity: the file is damaged, fetch it again"
 
 
 def _int32(values: Sequence[int]) -> np.ndarray:

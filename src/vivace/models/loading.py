@@ -18,17 +18,18 @@ from vivace.blocks import ModelGraph, weight_refs
 from vivace.errors import BadFile, ModelNotFound, UnsupportedModel
 from vivace.models import graph_from_config, name_prefix
 from vivace.models.config import Config, show
+from vivace.models.formats.mapped_file import Identity
 from vivace.models.formats.packed_file import PackedFile
 from vivace.models.formats.safetensors import SafetensorsFile, TensorInfo
 from vivace.models.formats.strict_json import read_object
 from vivace.models.location import resolve
 from vivace.models.packing import is_packed, packed_graph
+from vivace.models.quantized.matrices import QuantizedMatrix
 from vivace.models.tokenizer import Tokenizer
 from vivace.techniques.weight_formats.base import Packed
 
 if TYPE_CHECKING:
     from vivace.models.formats.block_tensor import BlockTensor
-    from vivace.models.quantized.matrices import QuantizedMatrix
 
 __all__ = ["LoadedModel", "Weights", "load_model"]
 
@@ -53,7 +54,7 @@ class TensorFile(Protocol):
     tensors: dict[str, TensorInfo]
 
     @property
-    def paths(self) -> Sequence[Path]: ...
+    def identities(self) -> Sequence[Identity]: ...
 
     def release(self) -> None:
         """Let go of the pages that were read; they count as memory of the process until then."""
@@ -109,8 +110,9 @@ class Weights(Mapping[str, Any]):
         return self._stored[name][0].path
 
     @property
-    def paths(self) -> list[Path]:
-        return [path for file in self.files for path in file.paths]
+    def identities(self) -> list[Identity]:
+        """What tells the files from others, and from themselves when they change."""
+        return [identity for file in self.files for identity in file.identities]
 
     def release(self) -> None:
         for file in self.files:
@@ -379,10 +381,12 @@ def _check_tensor(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _is_finite(stored: np.ndarray | BlockTensor | Packed) -> bool:
+def _is_finite(stored: np.ndarray | BlockTensor | Packed | QuantizedMatrix) -> bool:
     """Whether no exponent is all ones; works on the bits, a piece that fits the cache at a time."""
     if isinstance(stored, Packed):
         return _native.is_finite(stored, 1)  # starting threads takes longer than a small one
+    if isinstance(stored, QuantizedMatrix):
+        return stored.is_finite()
     array = np.asarray(stored)
     if array.dtype == np.float32:
         bits, mask = array.reshape(-1).view(np.uint32), np.uint32(0x7F800000)

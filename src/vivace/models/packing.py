@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vivace import _native
 from vivace.blocks import ModelGraph, WeightRef, matrix_roles, replace_refs, weight_refs
-from vivace.errors import BadFile, InvalidOption, UnsupportedModel
-from vivace.models.formats.packed_file import VERSION, sync_files, sync_folder, write_packed
-from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_of
+from vivace.errors import InvalidOption, UnsupportedModel
+from vivace.models.formats.packed_file import write_packed
+from vivace.models.formats.unfinished import whole_folder
+from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_of, pack_matrix
 
 if TYPE_CHECKING:
     from vivace.models.loading import LoadedModel
 
-__all__ = ["is_packed", "pack_matrix", "packed_graph", "packed_names", "write_model"]
+__all__ = ["is_packed", "packed_graph", "packed_names", "write_model"]
 
 METHOD = "vivace"  # in a config's quantization_config
 # What belongs to a model beside its config and weights.
@@ -60,19 +59,6 @@ def packed_graph(graph: ModelGraph) -> ModelGraph:
     )
 
 
-def pack_matrix(weights: Mapping[str, Any], ref: WeightRef, weight_format: WeightFormat) -> Packed:
-    """One matrix of a checkpoint. Raises `BadFile` if it cannot be packed or is not finite."""
-    try:
-        packed = weight_format.pack(matrix_of(weights, ref))
-    except BadFile as error:
-        raise BadFile(f"tensor '{ref.name}': {error}") from error
-    if not _native.is_finite(packed):
-        raise BadFile(
-            f"tensor '{ref.name}' holds NaN or infinity: the file is damaged, fetch it again"
-        )
-    return packed
-
-
 def is_packed(config: Mapping[str, Any]) -> bool:
     """Whether a config is that of a model that `write_model` wrote."""
     section = config.get("quantization_config")
@@ -92,30 +78,24 @@ def write_model(
         folder: of the new model; not there, or empty.
         on_matrix: called with each matrix before it is written.
     Raises:
-        InvalidOption: there is something of that name.
+        InvalidOption: there is something of that name, or a format cannot store a matrix.
         UnsupportedModel: the model is a GGUF file.
-        BadFile: a matrix cannot be packed.
+        BadFile: the model's files are damaged.
         OSError: the directory cannot be written; nothing is left of it.
     """
     if model.path.is_file():
         raise UnsupportedModel(
-            f"{model.path}: a GGUF file cannot be quantized into a directory: run it with "
-            "--weights, which packs it and keeps that, or quantize the original checkpoint"
+            f"{model.path}: a GGUF file has no config.json and tokenizer.json that could lie beside "
+            "packed weights: run it with --weights, which packs it once and keeps that, or "
+            "quantize the checkpoint that it was made from"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidOption(f"{folder} is there and not an empty directory: choose another name")
+    model.check_files()
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-    partial.mkdir()
-    try:
-        _write_files(model, formats, partial, on_matrix)
-        partial.replace(folder)
-        sync_folder(folder.parent)
-    except OSError as error:  # a full disk names no file
-        raise OSError(error.errno, error.strerror, str(folder)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(folder) as unfinished:
+        _write_files(model, formats, unfinished, on_matrix)
 
 
 def _write_files(
@@ -125,7 +105,7 @@ def _write_files(
     on_matrix: Callable[[str, Packed], None],
 ) -> None:
     def make(ref: WeightRef, name: str) -> Packed:
-        packed = pack_matrix(model.weights, ref, formats[ref])
+        packed = pack_matrix(ref.name, matrix_of(model.weights, ref), formats[ref])
         on_matrix(name, packed)
         model.weights.release()
         return packed
@@ -138,8 +118,7 @@ def _write_files(
         if ref not in names
     }
     write_packed(folder / "model.safetensors", makers, others, dtype=model.dtype)
-    section = {"quant_method": METHOD, "version": VERSION}
-    config = dict(model.config.values) | {"quantization_config": section}
+    config = dict(model.config.values) | {"quantization_config": {"quant_method": METHOD}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in _COPIED:
         source = model.path / name
@@ -147,4 +126,3 @@ def _write_files(
             shutil.copytree(source, folder / name)
         elif source.exists():
             shutil.copyfile(source, folder / name)
-    sync_files(folder)

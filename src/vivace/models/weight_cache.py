@@ -19,9 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from vivace.blocks import ModelGraph, WeightRef, weight_refs
 from vivace.errors import BadFile
-from vivace.models.formats.packed_file import VERSION, PackedFile, write_packed
-from vivace.models.packing import pack_matrix, packed_graph, packed_names
-from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_of
+from vivace.models.formats.packed_file import PackedFile, write_packed
+from vivace.models.formats.unfinished import remove_leftovers
+from vivace.models.packing import packed_graph, packed_names
+from vivace.models.quantized.matrices import QuantizedMatrix
+from vivace.techniques.weight_formats.base import (
+    Packed,
+    WeightFormat,
+    matrix_of,
+    pack_matrix,
+    packed_bytes,
+)
 
 if TYPE_CHECKING:
     from vivace.models.loading import LoadedModel
@@ -31,7 +39,6 @@ __all__ = ["MIN_BYTES", "OFF", "cache_folder", "packed_weights"]
 OFF = "off"  # in the place of a folder
 MIN_BYTES = 64 * 2**20  # smaller models are packed in no time
 _PACKED_BITS = 16  # formats of fewer bits take time to pack
-_HASHED_BYTES = 2**20  # from a file's start, where its header is
 _log = logging.getLogger("vivace")
 
 
@@ -58,16 +65,15 @@ def packed_weights(
     Without a folder, and where little is packed, they are the model's. An entry that cannot be read
     or written is no error: one line says so.
 
-    Raises `BadFile`: a matrix cannot be packed.
+    Raises `InvalidOption` if a format cannot store a matrix, `BadFile` if one is not finite.
     """
     matrices = {ref: matrix_of(model.weights, ref) for ref in formats}
     wanted = {
         ref: weight_format
         for ref, weight_format in formats.items()
-        if weight_format.grid.bits < _PACKED_BITS and not isinstance(matrices[ref], Packed)
+        if _takes_time(matrices[ref], weight_format)
     }
-    num_bytes = sum(made.num_bytes(matrices[ref]) for ref, made in wanted.items())
-    if folder is None or not wanted or num_bytes < MIN_BYTES:
+    if folder is None or not wanted or packed_bytes(model.weights, wanted) < MIN_BYTES:
         return model.graph, model.weights
     names = packed_names(model.graph)
     packed = _Entry(model, wanted, folder).read_or_make()
@@ -76,6 +82,13 @@ def packed_weights(
     }
     weights |= {names[ref]: matrix for ref, matrix in matrices.items() if ref not in wanted}
     return packed_graph(model.graph), weights | packed
+
+
+def _takes_time(matrix: Any, weight_format: WeightFormat) -> bool:
+    """Whether packing is more than mapping or copying."""
+    if isinstance(matrix, Packed):
+        return False
+    return weight_format.grid.bits < _PACKED_BITS or isinstance(matrix, QuantizedMatrix)
 
 
 class _Entry:
@@ -98,11 +111,11 @@ class _Entry:
         found = self._read()
         if found is not None:
             return found
-        source = self._source()  # before the files are read: a change while they are shows
         makers = {name: partial(self._pack, ref) for ref, name in self._names.items()}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_packed(self._path, makers, dtype=self._model.dtype, source=source)
+            remove_leftovers(self._folder)
+            write_packed(self._path, makers, dtype=self._model.dtype, source=self._source())
             return PackedFile(self._path).matrices()
         except OSError as error:
             _log.warning(
@@ -113,7 +126,7 @@ class _Entry:
         return {name: make() for name, make in makers.items()}
 
     def _pack(self, ref: WeightRef) -> Packed:
-        packed = pack_matrix(self._model.weights, ref, self._formats[ref])
+        packed = pack_matrix(ref.name, matrix_of(self._model.weights, ref), self._formats[ref])
         self._model.weights.release()
         return packed
 
@@ -139,13 +152,6 @@ class _Entry:
         return None
 
     def _source(self) -> str:
-        """What tells the model's files from others, and from themselves when they change."""
-        paths = self._model.weights.paths
-        return json.dumps([VERSION, *map(_identity, paths)])
-
-
-def _identity(path: Path) -> tuple[str, int, int, str]:
-    status = path.stat()
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(_HASHED_BYTES)).hexdigest()
-    return os.path.realpath(path), status.st_size, status.st_mtime_ns, digest
+        """What an entry is made from: the files, and what the config says of how to read them."""
+        method = self._model.config.values.get("quantization_config")
+        return json.dumps([self._model.weights.identities, method], default=str)

@@ -20,7 +20,7 @@ from vivace.models.config import show
 from vivace.models.formats.block_tensor import BlockTensor
 from vivace.models.formats.ggml_types import GgmlType, find_type
 from vivace.models.formats.gguf_header import Cursor, read_metadata
-from vivace.models.formats.mapped_file import map_file, release
+from vivace.models.formats.mapped_file import map_file
 
 __all__ = ["GgufFile", "GgufTensorInfo"]
 
@@ -78,9 +78,10 @@ class GgufFile:
             )
         self.path = parts[0].path
         self.paths = [part.path for part in parts]
+        self.identities = [part.file.identity for part in parts]
         self.metadata = parts[0].metadata
         self.tensors: dict[str, GgufTensorInfo] = {}
-        self._maps = [part.data for part in parts]
+        self._parts = [part.file for part in parts]
         for part in parts:
             for name, info in part.tensors.items():
                 if name in self.tensors:
@@ -109,15 +110,15 @@ class GgufFile:
         return blocks if len(shape) == 2 else blocks.decode().reshape(shape)
 
     def release(self) -> None:
-        for data in self._maps:
-            release(data)
+        for file in self._parts:
+            file.release()
 
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor as they are in the file, read-only."""
         info = self.tensors[name]
         if not info.num_bytes:
             return np.zeros(0, np.uint8)
-        return np.frombuffer(self._maps[info.part], np.uint8, info.num_bytes, info.offset)
+        return np.frombuffer(self._parts[info.part].data, np.uint8, info.num_bytes, info.offset)
 
 
 class _Part:
@@ -125,7 +126,8 @@ class _Part:
 
     def __init__(self, path: Path, index: int) -> None:
         self.path = path
-        self.data = map_file(path, _PREFIX_BYTES, "GGUF")
+        self.file = map_file(path, _PREFIX_BYTES, "GGUF")
+        self.data = self.file.data
         _check_magic(path, self.data)
         cursor = Cursor(path, self.data)
         cursor.take(8, "the magic")

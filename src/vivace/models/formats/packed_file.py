@@ -1,8 +1,8 @@
 """Packed matrices as one file: safetensors whose metadata say what the bytes of a matrix mean.
 
-A matrix is a flat U8 tensor; `__metadata__` names its kernel and shape. Data start at a multiple of
-64 bytes, and so does every tensor before the first whose size is none. The last tensor is a sum of
-all bytes before it. A file appears whole or not at all.
+A matrix is a flat U8 tensor; `__metadata__` has for each kernel its matrices with their rows and
+columns. Data start at a multiple of 64 bytes, and so does every tensor before the first whose size
+is none. The last tensor is a sum of all bytes before it. A file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import secrets
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,15 +22,18 @@ from vivace.errors import BadFile, NativeError
 from vivace.models.config import show
 from vivace.models.formats.safetensors import DTYPES, PREFIX_BYTES, SafetensorsFile, TensorInfo
 from vivace.models.formats.strict_json import parse_object
+from vivace.models.formats.unfinished import whole_file
 from vivace.techniques.weight_formats.base import Packed
 
-__all__ = ["VERSION", "PackedFile", "sync_files", "sync_folder", "write_packed"]
+__all__ = ["PackedFile", "write_packed"]
 
-VERSION = 2  # of the file and of what kernels read: packed files of another one are not read
+# Of the file, of what kernels read and of how formats round: others are not read.
+_VERSION = 3
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 * 2**20
 _SUM = "checksum"  # uint64, little endian, of all bytes before its own
 _SUM_BYTES = 8
+_MAX_KERNELS, _MAX_KERNEL_NAME = 32, 1024  # 64 numbers are the longest name
 _DTYPES = {dtype.name: dtype for dtype in (DTYPES["F32"], DTYPES["F16"], DTYPES["BF16"])}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _AGAIN = "quantize the model again"
@@ -47,15 +49,15 @@ class PackedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.paths = path, (path,)
-        self._file = SafetensorsFile(path)
+        self.path, self._file = path, SafetensorsFile(path)
+        self.identities = self._file.identities
         metadata = self._file.metadata
         if not isinstance(metadata, dict) or metadata.get("format") != "vivace":
             raise BadFile(f"{path}: its metadata do not say what its matrices mean: {_AGAIN}")
-        if metadata.get("version") != str(VERSION):
+        if metadata.get("version") != str(_VERSION):
             raise BadFile(
                 f"{path}: was packed for version {show(metadata.get('version'))}, this program "
-                f"reads {VERSION}: {_AGAIN}"
+                f"reads {_VERSION}: {_AGAIN}"
             )
         dtype = metadata.get("dtype")
         if not isinstance(dtype, str) or dtype not in _DTYPES:
@@ -65,26 +67,36 @@ class PackedFile:
         self._kernels: dict[str, str] = {}
         self.tensors = dict(self._file.tensors)
         self._check_sum_is_last(self.tensors.pop(_SUM, None))
-        for name, entry in self._entries(metadata.get("matrices")).items():
-            self._add_matrix(name, entry)
+        for kernel, matrices in self._matrices(metadata.get("matrices")).items():
+            for name, shape in matrices.items():
+                self._add_matrix(name, kernel, shape)
 
     def _check_sum_is_last(self, info: TensorInfo | None) -> None:
         size = len(self._file.raw())
         if info is None or (info.offset, info.num_bytes) != (size - _SUM_BYTES, _SUM_BYTES):
             raise BadFile(f"{self.path}: does not end in a checksum: {_AGAIN}")
 
-    def _entries(self, text: Any) -> dict[str, Any]:
+    def _matrices(self, text: Any) -> dict[str, dict[str, Any]]:
         if not isinstance(text, str):
             raise BadFile(f"{self.path}: matrices is {show(text)}: expected JSON; {_AGAIN}")
-        return parse_object(text.encode(), f"{self.path}: matrices")
+        found = parse_object(text.encode(), f"{self.path}: matrices")
+        for kernel, matrices in found.items():
+            if not isinstance(matrices, dict) or len(kernel) > _MAX_KERNEL_NAME:
+                raise BadFile(
+                    f"{self.path}: matrices of {show(kernel)} are {show(matrices)}: expected names "
+                    f"and shapes; {_AGAIN}"
+                )
+        return found
 
-    def _add_matrix(self, name: str, entry: Any) -> None:
+    def _add_matrix(self, name: str, kernel: str, shape: Any) -> None:
         where = f"{self.path}: matrix {show(name)}"
-        match entry:
-            case [str() as kernel, int() as rows, int() as columns] if max(rows, columns) < 2**31:
+        match shape:
+            case [int() as rows, int() as columns] if max(rows, columns) < 2**31:
                 pass
             case _:
-                raise BadFile(f"{where} is {show(entry)}: expected kernel, rows, columns; {_AGAIN}")
+                raise BadFile(f"{where} is {show(shape)}: expected rows, columns; {_AGAIN}")
+        if name in self._kernels:
+            raise BadFile(f"{where} is of {self._kernels[name]} and of {show(kernel)}: {_AGAIN}")
         try:
             expected = _native.matrix_bytes(kernel, rows, columns)
         except (NativeError, TypeError) as error:
@@ -136,8 +148,7 @@ def write_packed(
 ) -> None:
     """Write a file; one that is there is replaced when the new one is complete.
 
-    If the machine itself fails soon after, data may be missing, which `PackedFile.check` sees:
-    `sync_files` waits for the disk.
+    If the machine itself fails soon after, data may be missing, which `PackedFile.check` sees.
 
     Args:
         matrices: made one after the other, so that no more than one need be in memory.
@@ -145,33 +156,8 @@ def write_packed(
     Raises:
         OSError: the file cannot be written; nothing is left of it.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("w+b") as file:
-            _write(file, matrices, others or {}, dtype, source)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync_folder(path: Path) -> None:
-    """Make new names in a folder last, where the system can."""
-    if os.name == "nt":
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def sync_files(folder: Path) -> None:
-    """Make the files in a folder last, and their names."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
+    with whole_file(path) as unfinished, unfinished.open("w+b") as file:
+        _write(file, matrices, others or {}, dtype, source)
 
 
 def _write(
@@ -236,11 +222,11 @@ class _Header:
     def __init__(self, dtype: str, source: str) -> None:
         self._dtype, self._source = dtype, source
         self._tensors: dict[str, Any] = {}
-        self._matrices: dict[str, tuple[str, int, int]] = {}
+        self._matrices: dict[str, dict[str, tuple[int, int]]] = {}  # by kernel
         self._end = 0
 
     def add_matrix(self, name: str, packed: Packed) -> memoryview:
-        self._matrices[name] = (packed.kernel, *packed.shape)
+        self._matrices.setdefault(packed.kernel, {})[name] = packed.shape
         return self.add(name, "U8", packed.raw)
 
     def add(self, name: str, code: str, array: np.ndarray) -> memoryview:
@@ -257,8 +243,10 @@ class _Header:
         """Where data start: room for a header about these tensors, whatever it will say."""
         widest = _Header(self._dtype, self._source)
         longest = 2**63 - 1
+        kernels = [f"{place:{_MAX_KERNEL_NAME}}" for place in range(_MAX_KERNELS)]
+        widest._matrices = {kernel: {} for kernel in kernels}
         for name in names:
-            widest._matrices[name] = ("x" * 128, longest, longest)
+            widest._matrices[kernels[0]][name] = longest, longest
             widest._tensors[name] = {
                 "dtype": "F8_E4M3",
                 "shape": [longest, longest],
@@ -270,13 +258,13 @@ class _Header:
     def to_bytes(self, start: int) -> bytes:
         """Everything before `start`."""
         text = self._text().ljust(start - PREFIX_BYTES)
-        assert len(text) == start - PREFIX_BYTES, "a kernel's name is longer than any"
+        assert len(text) == start - PREFIX_BYTES, "more kernels than any model has"
         return struct.pack("<Q", len(text)) + text
 
     def _text(self) -> bytes:
         metadata = {
             "format": "vivace",
-            "version": str(VERSION),
+            "version": str(_VERSION),
             "dtype": self._dtype,
             "source": self._source,
             "matrices": json.dumps(self._matrices, separators=(",", ":")),

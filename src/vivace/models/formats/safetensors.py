@@ -18,7 +18,7 @@ import numpy as np
 
 from vivace.errors import BadFile
 from vivace.models.config import show
-from vivace.models.formats.mapped_file import map_file, release
+from vivace.models.formats.mapped_file import map_file
 from vivace.models.formats.strict_json import parse_object
 
 __all__ = ["DTYPES", "PREFIX_BYTES", "SafetensorsFile", "TensorInfo"]
@@ -71,26 +71,27 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.paths = path, (path,)
-        self._map = map_file(path, PREFIX_BYTES + 1, "safetensors")
-        self.tensors, self.metadata = _parse_header(path, self._map)
+        self.path = path
+        self._file = map_file(path, PREFIX_BYTES + 1, "safetensors")
+        self.identities = (self._file.identity,)
+        self.tensors, self.metadata = _parse_header(path, self._file.data)
 
     def array(self, name: str) -> np.ndarray:
         info = self.tensors[name]
         count = math.prod(info.shape)
         if count == 0:
             return np.zeros(info.shape, info.dtype)
-        flat = np.frombuffer(self._map, info.dtype, count, info.offset)
+        flat = np.frombuffer(self._file.data, info.dtype, count, info.offset)
         if not flat.flags.aligned:
             flat = flat.copy()  # kernels read whole elements; such files are old and small
         return flat.reshape(info.shape)
 
     def release(self) -> None:
-        release(self._map)
+        self._file.release()
 
     def raw(self) -> np.ndarray:
         """All bytes of the file."""
-        return np.frombuffer(self._map, np.uint8)
+        return np.frombuffer(self._file.data, np.uint8)
 
 
 def _parse_header(path: Path, data: mmap.mmap) -> tuple[dict[str, TensorInfo], Any]:

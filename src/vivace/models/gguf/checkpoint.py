@@ -40,7 +40,7 @@ class GgufTensors:
     """
 
     def __init__(self, file: GgufFile) -> None:
-        self._file, self.path, self.paths = file, file.path, file.paths
+        self._file, self.path, self.identities = file, file.path, file.identities
         self.tensors = {name: self._info(name) for name in file.tensors}
 
     def _info(self, name: str) -> TensorInfo:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from vivace.errors import UnsupportedModel
+from vivace.models.formats.unfinished import whole_file
 
 __all__ = ["NewTensor", "Storage", "TypedValue", "restored", "typed", "write_file"]
 
@@ -114,17 +114,14 @@ def write_file(
     """
     from gguf import GGUFEndian, GGUFWriter  # imported late: few runs write
 
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     architecture = metadata["general.architecture"][0]
-    writer = GGUFWriter(partial, architecture, endianess=GGUFEndian.LITTLE)
-    try:
-        _add_metadata(writer, metadata)
-        _add_tensors(writer, tensors)
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        writer = GGUFWriter(unfinished, architecture, endianess=GGUFEndian.LITTLE)
+        try:
+            _add_metadata(writer, metadata)
+            _add_tensors(writer, tensors)
+        finally:
+            writer.close()
 
 
 def _add_metadata(writer: Any, metadata: Mapping[str, TypedValue]) -> None:

@@ -8,7 +8,7 @@ from vivace.errors import BadFile, UnsupportedModel
 from vivace.models.config import Config
 from vivace.models.formats.safetensors import TensorInfo
 from vivace.models.quantized.gptq import group_size
-from vivace.models.quantized.matrices import CodedMatrix, Codes, unpack_codes
+from vivace.models.quantized.matrices import CodedMatrix, unpack_codes
 from vivace.models.quantized.parts import FLOATS, Parts
 
 __all__ = ["Awq"]
@@ -57,16 +57,12 @@ class Awq:
         words = parts.read("qweight", ("int32",), (num_columns, num_rows // 8))
         zeros = _unpack(parts.read("qzeros", ("int32",), (num_groups, num_rows // 8)))
         scales = parts.read("scales", FLOATS, (num_groups, num_rows)).T
-        has_zeros = bool((zeros != 1 << _BITS - 1).any())
 
-        def read(first: int, last: int) -> Codes:
+        def read(first: int, last: int) -> np.ndarray:
             start = first // 8
-            codes = _unpack(words[:, start : -(-last // 8)])[first - 8 * start : last - 8 * start]
-            return codes, scales[first:last], zeros[first:last] if has_zeros else None
+            return _unpack(words[:, start : -(-last // 8)])[first - 8 * start : last - 8 * start]
 
-        return CodedMatrix(
-            parts.shape, _BITS, group, scales.dtype, has_zeros, parts.num_bytes, read
-        )
+        return CodedMatrix(parts.shape, _BITS, group, scales, zeros, parts.num_bytes, read)
 
 
 def _unpack(words: np.ndarray) -> np.ndarray:

@@ -10,13 +10,14 @@ from vivace.errors import BadFile, UnsupportedModel
 from vivace.models.config import Config
 from vivace.models.formats.safetensors import TensorInfo
 from vivace.models.quantized.compressed_tensors_config import Group, read_groups
-from vivace.models.quantized.matrices import CodedMatrix, Codes, QuantizedMatrix, unpack_codes
+from vivace.models.quantized.matrices import CodedMatrix, QuantizedMatrix, unpack_codes
 from vivace.models.quantized.parts import FLOATS, Parts
 
 __all__ = ["CompressedTensors"]
 
 Shape = tuple[int, ...]
 _FLOAT4 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+_ZEROS = "weight_zero_point"
 _NVFP4, _MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 _ELEMENTS = {"int-quantized": "int8", "float-quantized": "float8_e4m3fn"}
 
@@ -107,7 +108,7 @@ def _fits(parts: Parts, group: Group) -> bool:
     return (
         parts.fits(name, dtypes, shape)
         and parts.fits("weight_scale", _scale_dtypes(group), *_shapes(parts, group))
-        and parts.has("weight_zero_point") != group.is_symmetric
+        and parts.has(_ZEROS) != group.is_symmetric
         and parts.has("weight_global_scale") == (group.format == _NVFP4)
     )
 
@@ -141,35 +142,32 @@ def _codes(parts: Parts, group: Group) -> CodedMatrix:
             raise parts.bad("weight_shape", f"says {stored.tolist()}", f"{list(parts.shape)}")
     zeros = _read_zeros(parts, group, bits)
 
-    def read(first: int, last: int) -> Codes:
+    def read(first: int, last: int) -> np.ndarray:
         rows = elements[first:last]
-        codes = unpack_codes(rows, bits, num_columns) if is_packed else _from_int8(rows, bits)
-        return codes, scales[first:last], None if zeros is None else zeros[first:last]
+        return unpack_codes(rows, bits, num_columns) if is_packed else _from_int8(rows, bits)
 
-    size, has_zeros = group.group_size or num_columns, zeros is not None
-    return CodedMatrix(parts.shape, bits, size, scales.dtype, has_zeros, parts.num_bytes, read)
+    size = group.group_size or num_columns
+    return CodedMatrix(parts.shape, bits, size, scales, zeros, parts.num_bytes, read)
 
 
 def _read_zeros(parts: Parts, group: Group, bits: int) -> np.ndarray | None:
-    """Zeros [N, G] as codes, or None where all are the middle one."""
-    name = "weight_zero_point"
-    if group.is_symmetric and not parts.has(name):
+    """Zeros [N, G] as codes, or None where there are none."""
+    if group.is_symmetric and not parts.has(_ZEROS):
         return None
     shapes = _shapes(parts, group)
     # Files of before 2025, and all that do not pack weights, hold them as they are.
-    is_plain = parts.has(name) and parts.info(name).dtype == np.int8
+    is_plain = parts.has(_ZEROS) and parts.info(_ZEROS).dtype == np.int8
     if is_plain or group.format != "pack-quantized" or group.is_per_tensor:
-        zeros = _per_row(_from_int8(parts.read(name, ("int8",), *shapes), bits), parts)
+        zeros = _per_row(_from_int8(parts.read(_ZEROS, ("int8",), *shapes), bits), parts)
         if zeros.max(initial=0) >= 1 << bits:
-            raise parts.bad(name, "is out of range", f"numbers of {bits} bits")
+            raise parts.bad(_ZEROS, "is out of range", f"numbers of {bits} bits")
     else:
         num_rows, num_groups = shapes[0]
-        words = parts.read(name, ("int32",), (-(-num_rows * bits // 32), num_groups))
+        words = parts.read(_ZEROS, ("int32",), (-(-num_rows * bits // 32), num_groups))
         zeros = unpack_codes(words.T, bits, num_rows).T
-    has_zeros = bool((zeros != 1 << bits - 1).any())
-    if group.is_symmetric and has_zeros:
-        raise parts.bad(name, "is not zero", "zeros, as the config says symmetric")
-    return zeros if has_zeros else None
+    if group.is_symmetric and (zeros != 1 << bits - 1).any():
+        raise parts.bad(_ZEROS, "is not zero", "zeros, as the config says symmetric")
+    return zeros
 
 
 def _from_int8(numbers: np.ndarray, bits: int) -> np.ndarray:
@@ -182,6 +180,10 @@ def _floats(parts: Parts, group: Group) -> QuantizedMatrix:
     name, dtypes, shape = _elements(parts, group)
     elements, scales = parts.read(name, dtypes, shape), _read_scales(parts, group)
     num_columns = parts.shape[1]
+    if parts.has(_ZEROS):  # old files write them all the same
+        types = ("int8", "uint8", "float8_e4m3fn", *FLOATS)
+        if parts.read(_ZEROS, types, *_shapes(parts, group)).astype(np.float32).any():
+            raise parts.bad(_ZEROS, "is not zero", "zeros, as floats have no others")
     if group.format == _MXFP4:
         scales = scales.view(ml_dtypes.float8_e8m0fnu)
     scales = scales.astype(np.float32)

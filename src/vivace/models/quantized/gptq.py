@@ -9,13 +9,7 @@ import numpy as np
 from vivace.errors import UnsupportedModel
 from vivace.models.config import Config
 from vivace.models.formats.safetensors import TensorInfo
-from vivace.models.quantized.matrices import (
-    CodedMatrix,
-    Codes,
-    QuantizedMatrix,
-    decode_codes,
-    unpack_codes,
-)
+from vivace.models.quantized.matrices import CodedMatrix, unpack_codes
 from vivace.models.quantized.parts import FLOATS, Parts
 
 __all__ = ["Gptq"]
@@ -56,7 +50,7 @@ class Gptq:
     def is_quantized(self, parts: dict[str, TensorInfo]) -> bool:
         return not self.names.isdisjoint(parts)
 
-    def matrix(self, parts: Parts) -> QuantizedMatrix:
+    def matrix(self, parts: Parts) -> CodedMatrix:
         """Raises `BadFile`."""
         (num_rows, num_columns), bits = parts.shape, self.bits
         group = min(self.group_size or num_columns, num_columns)
@@ -65,24 +59,12 @@ class Gptq:
         packed = parts.read("qzeros", ("int32",), (num_groups, -(-num_rows * bits // 32)))
         scales = parts.read("scales", FLOATS, (num_groups, num_rows)).T
         zeros = self._zeros(unpack_codes(packed, bits, num_rows)).T
-        has_zeros = bool((zeros != 1 << bits - 1).any())
-
-        def read(first: int, last: int) -> Codes:
-            codes = unpack_codes(words[:, first:last].T, bits, num_columns)
-            return codes, scales[first:last], zeros[first:last] if has_zeros else None
-
         group_of = self._group_of(parts, num_groups, group)
-        if group_of is None:
-            return CodedMatrix(
-                parts.shape, bits, group, scales.dtype, has_zeros, parts.num_bytes, read
-            )
-        name = f"int{bits} in scattered groups of {group} (act-order)"
-        return QuantizedMatrix(
-            name,
-            parts.shape,
-            parts.num_bytes,
-            lambda first, last: decode_codes(*read(first, last), group_of, bits),
-        )
+
+        def read(first: int, last: int) -> np.ndarray:
+            return unpack_codes(words[:, first:last].T, bits, num_columns)
+
+        return CodedMatrix(parts.shape, bits, group, scales, zeros, parts.num_bytes, read, group_of)
 
     def _zeros(self, fields: np.ndarray) -> np.ndarray:
         """Zeros of what `qzeros` holds."""

@@ -9,10 +9,9 @@ import numpy as np
 
 from vivace.errors import UnsupportedModel
 
-__all__ = ["CodedMatrix", "Codes", "QuantizedMatrix", "decode_codes", "unpack_codes"]
+__all__ = ["CodedMatrix", "QuantizedMatrix", "unpack_codes"]
 
-# Codes [n, K] uint8, scales [n, G] and zeros [n, G] uint8 or None, of a range of rows.
-Codes = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+_PIECE_WEIGHTS = 2**20  # decoded at a time
 
 
 class QuantizedMatrix:
@@ -63,26 +62,36 @@ class QuantizedMatrix:
             "checkpoint"
         )
 
+    def is_finite(self) -> bool:
+        """Whether no weight is NaN or infinite."""
+        step = max(1, _PIECE_WEIGHTS // max(1, self._num_columns))
+        pieces = (self[first : first + step] for first in range(0, len(self), step))
+        return all(np.isfinite(piece.decode()).all() for piece in pieces)
+
+    def decode(self) -> np.ndarray:
+        """All rows [N, K] float32."""
+        return self._decode(self._rows.start, self._rows.stop)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("a quantized matrix cannot become an array without being decoded")
-        decoded = self._decode(self._rows.start, self._rows.stop)
-        return decoded.astype(self.dtype if dtype is None else dtype, copy=False)
+        return self.decode().astype(self.dtype if dtype is None else dtype, copy=False)
 
 
 class CodedMatrix(QuantizedMatrix):
     """weight = (code - zero) * scale, with codes of `bits` bits and a scale for each group.
 
-    Without zeros, zero is 2^(bits-1). The products are exact in float32 where scales have 16 bits.
+    The products are exact in float32 where scales have 16 bits.
 
     Args:
         shape: [N, K].
         bits: of a code, 1 to 8.
         group_size: weights along a row that share scale and zero; the last group may be shorter.
-        scale_dtype: float16, bfloat16 or float32.
-        has_zeros: whether `read` gives zeros.
+        scales: [N, G] float16, bfloat16 or float32.
+        zeros: [N, G] uint8; None: all are the middle code, 2^(bits-1).
         num_bytes: of all tensors that make it up.
-        read: from a first and a last row to the codes of the rows between.
+        read: from a first and a last row to the codes [n, K] uint8 of the rows between.
+        group_of: the group of each column [K], where groups do not lie in order.
     """
 
     def __init__(
@@ -90,37 +99,47 @@ class CodedMatrix(QuantizedMatrix):
         shape: tuple[int, int],
         bits: int,
         group_size: int,
-        scale_dtype: np.dtype,
-        has_zeros: bool,
+        scales: np.ndarray,
+        zeros: np.ndarray | None,
         num_bytes: int,
-        read: Callable[[int, int], Codes],
+        read: Callable[[int, int], np.ndarray],
+        group_of: np.ndarray | None = None,
     ) -> None:
+        order = "" if group_of is None else " in scattered order (act-order)"
+        super().__init__(f"int{bits} in groups of {group_size}{order}", shape, num_bytes, read)
         self.bits, self.group_size = bits, group_size
-        self.scale_dtype, self.has_zeros, self._read = scale_dtype, has_zeros, read
-        name = f"int{bits} in groups of {group_size}"
-        super().__init__(name, shape, num_bytes, self._decode_rows)
+        self.is_in_order = group_of is None
+        self._group_of = np.arange(shape[1]) // group_size if group_of is None else group_of
+        has_zeros = zeros is not None and bool((zeros != 1 << bits - 1).any())
+        self._scales, self._zeros = scales, zeros if has_zeros else None
 
-    def read_codes(self) -> Codes:
-        return self._read(self._rows.start, self._rows.stop)
+    @property
+    def codes(self) -> np.ndarray:
+        """[N, K] uint8, unpacked here."""
+        return self._decode(self._rows.start, self._rows.stop)
 
-    def _decode_rows(self, first: int, last: int) -> np.ndarray:
-        codes, scales, zeros = self._read(first, last)
-        group_of = np.arange(codes.shape[1]) // self.group_size
-        return decode_codes(codes, scales, zeros, group_of, self.bits)
+    @property
+    def scales(self) -> np.ndarray:
+        """[N, G] as they are stored."""
+        return self._scales[self._rows.start : self._rows.stop]
 
+    @property
+    def zeros(self) -> np.ndarray | None:
+        """[N, G] uint8, or None."""
+        return None if self._zeros is None else self._zeros[self._rows.start : self._rows.stop]
 
-def decode_codes(
-    codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, group_of: np.ndarray, bits: int
-) -> np.ndarray:
-    """Weights [n, K] float32; column k belongs to the group `group_of[k]`."""
-    weights = codes.astype(np.float32)
-    if zeros is None:
-        weights -= np.float32(1 << bits - 1)
-    else:
-        weights -= zeros.astype(np.float32)[:, group_of]
-    with np.errstate(invalid="ignore"):  # a damaged scale is found by who looks for NaN
-        weights *= scales.astype(np.float32)[:, group_of]
-    return weights
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.scales.astype(np.float32)).all())
+
+    def decode(self) -> np.ndarray:
+        weights, zeros = self.codes.astype(np.float32), self.zeros
+        if zeros is None:
+            weights -= np.float32(1 << self.bits - 1)
+        else:
+            weights -= zeros.astype(np.float32)[:, self._group_of]
+        with np.errstate(invalid="ignore"):  # a damaged scale is found by who looks for NaN
+            weights *= self.scales.astype(np.float32)[:, self._group_of]
+        return weights
 
 
 def unpack_codes(words: np.ndarray, bits: int, count: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from vivace.errors import BadFile
 from vivace.models.config import show
+from vivace.models.formats.mapped_file import Identity
 from vivace.models.formats.safetensors import TensorInfo
 
 __all__ = ["FLOATS", "Parts", "Source"]
@@ -30,7 +31,7 @@ class Source(Protocol):
     def path(self, name: str) -> Path: ...
 
     @property
-    def paths(self) -> Sequence[Path]: ...
+    def identities(self) -> Sequence[Identity]: ...
 
     def release(self) -> None: ...
 
@@ -49,6 +50,7 @@ class Parts:
         self, source: Source, module: str, names: frozenset[str], shape: tuple[int, int]
     ) -> None:
         self._source, self.module, self.names, self.shape = source, module, names, shape
+        self.unread = set(names)
 
     def has(self, name: str) -> bool:
         return name in self.names
@@ -75,6 +77,7 @@ class Parts:
         mistake = self._mistake(name, dtypes, shapes)
         if mistake is not None:
             raise self.bad(name, *mistake)
+        self.unread.discard(name)
         return self._source[f"{self.module}.{name}"]
 
     def bad(self, name: str, found: str, expected: str) -> BadFile:

@@ -13,6 +13,7 @@ import numpy as np
 from vivace.blocks import ModelGraph, WeightRef, matrix_roles, weight_refs
 from vivace.errors import UnsupportedModel
 from vivace.models.config import Config, show
+from vivace.models.formats.mapped_file import Identity
 from vivace.models.formats.safetensors import TensorInfo
 from vivace.models.quantized.awq import Awq
 from vivace.models.quantized.compressed_tensors import CompressedTensors
@@ -98,8 +99,8 @@ class QuantizedTensors:
         self._drop_unused(method, {ref.name for ref in weight_refs(graph)})
 
     @property
-    def paths(self) -> Sequence[Path]:
-        return self._source.paths
+    def identities(self) -> Sequence[Identity]:
+        return self._source.identities
 
     def release(self) -> None:
         self._source.release()
@@ -114,6 +115,8 @@ class QuantizedTensors:
                 "is not supported: use the unquantized checkpoint, or a GGUF file"
             )
         matrix = self._matrices[ref.name] = method.matrix(parts)
+        for name in sorted(parts.unread & (method.names | {"weight"})):
+            raise parts.bad(name, "is there", "none beside what the matrix is stored as")
         for name in parts.names & method.names:
             del self.tensors[f"{parts.module}.{name}"]
         dtype = np.dtype(np.float16)

@@ -24,16 +24,18 @@ class Coded(Matrix, Protocol):
 
     bits: int
     group_size: int  # weights along a row; a row where it is as long
-    scale_dtype: np.dtype
-    has_zeros: bool
+    is_in_order: bool  # whether a group's weights lie together
 
-    def read_codes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Codes [N, K] uint8, scales [N, G], and zeros [N, G] uint8 unless all are the middle."""
-        ...
+    @property
+    def codes(self) -> np.ndarray: ...  # [N, K] uint8
+    @property
+    def scales(self) -> np.ndarray: ...  # [N, G]
+    @property
+    def zeros(self) -> np.ndarray | None: ...  # [N, G] uint8; None: all are the middle code
 
 
 def _is_coded(weight: Matrix | Packed) -> TypeGuard[Coded]:
-    return hasattr(weight, "read_codes")
+    return hasattr(weight, "is_in_order")
 
 
 def kernel_for_codes(weight: Matrix | Packed) -> Codes | None:
@@ -41,7 +43,7 @@ def kernel_for_codes(weight: Matrix | Packed) -> Codes | None:
 
     Groups that are larger than a kernel's are several of it with the same scale.
     """
-    if not _is_coded(weight) or weight.bits not in _BITS:
+    if not _is_coded(weight) or weight.bits not in _BITS or not weight.is_in_order:
         return None
     num_columns, group_size = weight.shape[1], None
     if weight.group_size < num_columns:
@@ -50,7 +52,7 @@ def kernel_for_codes(weight: Matrix | Packed) -> Codes | None:
         if not fitting:
             return None
         group_size = fitting[0]
-    return Codes(weight.bits, group_size, weight.scale_dtype.name, weight.has_zeros)
+    return Codes(weight.bits, group_size, weight.scales.dtype.name, weight.zeros is not None)
 
 
 def coded_bytes(codes: Codes, shape: tuple[int, ...]) -> int:
@@ -65,10 +67,12 @@ def pack_coded(weight: Matrix, codes: Codes) -> Packed:
     group_size = codes.group_size or num_columns
     # The checkpoint's group of each of the kernel's.
     group_of = np.arange(0, num_columns, group_size) // weight.group_size
-    pieces = []
+    packed = np.empty(coded_bytes(codes, weight.shape), np.uint8)
+    units = packed.reshape(-(-num_rows // UNIT_OUTPUTS), -1)
     step = max(1, _PIECE_WEIGHTS // num_columns // UNIT_OUTPUTS) * UNIT_OUTPUTS
     for first in range(0, num_rows, step):
-        values, scales, zeros = weight[first : first + step].read_codes()
-        zeros = None if zeros is None else zeros[:, group_of]
-        pieces.append(pack_panels(values, scales[:, group_of], zeros, codes.bits))
-    return Packed(codes.kernel, (num_rows, num_columns), np.concatenate(pieces))
+        rows = weight[first : first + step]
+        zeros = None if rows.zeros is None else rows.zeros[:, group_of]
+        piece = pack_panels(rows.codes, rows.scales[:, group_of], zeros, codes.bits)
+        units[first // UNIT_OUTPUTS :][: len(piece)] = piece
+    return Packed(codes.kernel, (num_rows, num_columns), packed)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from vivace import _native
-from vivace.errors import BadFile
+from vivace.errors import InvalidOption
 from vivace.techniques.weight_formats._kernels import Codes
 from vivace.techniques.weight_formats._panels import UNIT_OUTPUTS
 from vivace.techniques.weight_formats.base import Grid, Matrix, Packed, WeightFormat
@@ -63,22 +63,22 @@ class GroupwiseFormat(WeightFormat):
             if weight.kernel == kernel:
                 return weight
             weight = self.dequant(weight)
-        if codes.group_size is not None and num_columns % codes.group_size:
-            raise BadFile(
-                f"groups of {codes.group_size} do not divide rows of {num_columns} weights: use a "
-                "smaller group_size, or group_size 'row' with int8"
-            )
         packed = Packed(kernel, (num_rows, num_columns), np.empty(self.num_bytes(weight), np.uint8))
         step = max(1, _PIECE_WEIGHTS // num_columns // UNIT_OUTPUTS) * UNIT_OUTPUTS
         for first in range(0, num_rows, step):
             rows = _as_bits(weight[first : first + step])
             if not _native.pack_codes(kernel, rows, packed[first : first + step].raw):
-                raise BadFile(_not_finite(codes))
+                raise InvalidOption(_not_finite(codes))
         return packed
 
     def num_bytes(self, weight: Matrix | Packed) -> int:
-        num_rows, num_columns = weight.shape
-        return _native.matrix_bytes(self.codes.kernel, num_rows, num_columns)
+        codes, (num_rows, num_columns) = self.codes, weight.shape
+        if codes.group_size is not None and num_columns % codes.group_size:
+            raise InvalidOption(
+                f"groups of {codes.group_size} do not divide rows of {num_columns} weights: use a "
+                "smaller group_size, or group_size 'row' with int8"
+            )
+        return _native.matrix_bytes(codes.kernel, num_rows, num_columns)
 
 
 def _as_bits(rows: Any) -> np.ndarray:
@@ -96,8 +96,8 @@ def _not_finite(codes: Codes) -> str:
 def quantize(weight: np.ndarray, codes: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Round [N, K] float32 to codes [N, K] uint8, scales [N, G] as stored, zeros [N, G] or None.
 
-    The reference of native/src/pack_kernels.cpp. Raises `BadFile` if a finite weight needs a scale
-    that its type does not hold.
+    The reference of native/src/pack_kernels.cpp. Raises `InvalidOption` if a finite weight needs a
+    scale that its type does not hold.
     """
     num_rows, num_columns = weight.shape
     groups = weight.reshape(num_rows, -1, codes.group_size or num_columns)
@@ -112,7 +112,7 @@ def quantize(weight: np.ndarray, codes: Codes) -> tuple[np.ndarray, np.ndarray, 
             wanted = extreme / np.float32(-middle)
         stored, scales = _round_scales(wanted + np.float32(0), codes)  # no zero has a sign
         if not np.isfinite(scales).all() and np.isfinite(weight).all():
-            raise BadFile(_not_finite(codes))
+            raise InvalidOption(_not_finite(codes))
         # Kernels take a denormal scale for zero.
         inverse = np.where(np.abs(scales) < _SMALLEST_SCALE, np.float32(0), 1 / scales)
         zeros = None

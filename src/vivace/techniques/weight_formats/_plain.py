@@ -7,7 +7,7 @@ from abc import abstractmethod
 import ml_dtypes
 import numpy as np
 
-from vivace.errors import BadFile
+from vivace.errors import InvalidOption
 from vivace.techniques.weight_formats.base import Grid, Matrix, Packed, WeightFormat
 
 __all__ = ["PlainFormat", "convert"]
@@ -45,7 +45,7 @@ class PlainFormat(WeightFormat):
 def convert(weight: Matrix, dtype: np.dtype) -> np.ndarray:
     """A matrix as elements of a float type; itself if it is that already.
 
-    Raises `BadFile` if a finite weight would become infinite.
+    Raises `InvalidOption` if a finite weight would become infinite.
     """
     if isinstance(weight, np.ndarray) and weight.dtype == dtype:
         return np.ascontiguousarray(weight)
@@ -56,7 +56,7 @@ def convert(weight: Matrix, dtype: np.dtype) -> np.ndarray:
         with np.errstate(over="ignore"):
             piece[...] = np.asarray(rows, dtype)
         if not _is_finite(piece) and _is_finite(np.asarray(rows, np.float32)):
-            raise BadFile(
+            raise InvalidOption(
                 f"a weight is not finite as {dtype}: use the format 'float32' or 'bfloat16'"
             )
     return packed

@@ -8,6 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from vivace.errors import BadFile
+
 __all__ = ["FLOAT_TYPES", "STEP", "Codebook", "TableKernel", "flush", "pack_codes", "unpack_codes"]
 
 STEP = 32  # weights whose codes lie together
@@ -64,7 +66,10 @@ class TableKernel:
         """The value of each code: [2^bits] float32."""
         dtype = FLOAT_TYPES.get(self.values)
         if dtype is None:
-            return np.array([float(value) for value in self.values.split(",")], np.float32)
+            try:
+                return np.array([float(value) for value in self.values.split(",")], np.float32)
+            except ValueError as error:
+                raise BadFile(f"'{self.values[:40]}' is no table of values: {error}") from error
         bits = {"e2m1": 4, "e2m3": 6, "e3m2": 6}.get(self.values, 8)
         return np.arange(1 << bits, dtype=np.uint8).view(dtype).astype(np.float32)
 
@@ -188,7 +193,10 @@ class Codebook:
         weights = np.take_along_axis(table, unpacked.astype(np.intp), axis=1)
         if self.num_outliers:
             outliers = flush(values.view(ml_dtypes.bfloat16).astype(np.float32))
-            np.put_along_axis(weights, columns.view(np.uint16).astype(np.intp), outliers, axis=1)
+            places = columns.view(np.uint16).astype(np.intp)
+            if places.max() >= shape[1]:
+                raise BadFile(f"an outlier is of column {places.max()} of {shape[1]}")
+            np.put_along_axis(weights, places, outliers, axis=1)
         return weights
 
 

@@ -8,19 +8,31 @@ the order of float32 sums.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from array_api_compat import array_namespace
 
+from vivace import _native
 from vivace.blocks import ModelGraph, Role, WeightRef, matrix_roles
-from vivace.errors import BadFile
+from vivace.errors import BadFile, InvalidOption
 from vivace.registry import Technique
 from vivace.techniques.weight_formats import _kernels
 
-__all__ = ["Grid", "Matrix", "Packed", "WeightFormat", "matrix_formats", "matrix_of"]
+__all__ = [
+    "Grid",
+    "Matrix",
+    "Packed",
+    "WeightFormat",
+    "matrix_formats",
+    "matrix_of",
+    "not_finite",
+    "pack_matrix",
+    "packed_bytes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,8 @@ class Packed:
 
     def __getitem__(self, rows: slice) -> Packed:
         """A view of a range of rows. Raises `BadFile` where rows that lie together are cut."""
+        if not isinstance(rows, slice) or rows.step not in (None, 1):
+            raise TypeError(f"a packed matrix is cut by ranges of rows only, not by {rows!r}")
         first, last, _ = rows.indices(self.shape[0])
         if (first, last) == (0, self.shape[0]):
             return self
@@ -120,11 +134,11 @@ class WeightFormat(Technique):
         NaN and infinity in `weight` stay visible as elements or scales: who packs looks for them.
 
         Raises:
-            BadFile: a finite weight cannot be stored as a finite one, or rows do not divide.
+            InvalidOption: a finite weight cannot be stored as a finite one, or rows do not divide.
         """
 
     def num_bytes(self, weight: Matrix | Packed) -> int:
-        """Bytes that `pack` will take, without packing."""
+        """Bytes that `pack` will take, without packing. Raises `InvalidOption` as it does."""
         num_rows, num_columns = weight.shape
         return int(num_rows * num_columns * self.grid.bits_per_weight(num_columns) + 7) // 8
 
@@ -148,3 +162,38 @@ def matrix_formats(
     """The format of every matrix: its role's own, else the body's."""
     own = role_formats or {}
     return {ref: own.get(role, body) for ref, role in matrix_roles(graph).items()}
+
+
+def packed_bytes(weights: Mapping[str, Any], formats: Mapping[WeightRef, WeightFormat]) -> int:
+    """Bytes of a checkpoint's matrices as their formats will store them. Raises `InvalidOption`."""
+    num_bytes = 0
+    for ref, weight_format in formats.items():
+        with _named(ref.name):
+            num_bytes += weight_format.num_bytes(matrix_of(weights, ref))
+    return num_bytes
+
+
+def pack_matrix(
+    name: str,
+    weight: Matrix | Packed,
+    weight_format: WeightFormat,
+    is_finite: Callable[[Packed], bool] = _native.is_finite,
+) -> Packed:
+    """Store the matrix of a tensor. Raises `InvalidOption`, `BadFile` if it is not finite."""
+    with _named(name):
+        packed = weight_format.pack(weight)
+    if not is_finite(packed):
+        raise not_finite(name)
+    return packed
+
+
+def not_finite(name: str) -> BadFile:
+    return BadFile(f"tensor '{name}' holds NaN or infinity: the file is damaged, fetch it again")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (BadFile, InvalidOption) as error:
+        raise type(error)(f"tensor '{name}': {error}") from error

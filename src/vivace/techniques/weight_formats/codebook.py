@@ -8,7 +8,7 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from vivace.errors import BadFile, InvalidOption
+from vivace.errors import InvalidOption
 from vivace.registry import TechniqueInfo
 from vivace.techniques.weight_formats._tables import Codebook as Kernel
 from vivace.techniques.weight_formats.base import Grid, Matrix, Packed, WeightFormat
@@ -63,7 +63,13 @@ class Codebook(WeightFormat):
         return num_rows * self._kernel(num_columns).row_bytes(num_columns)
 
     def _kernel(self, num_columns: int) -> Kernel:
-        return Kernel(self.config.bits, self.grid.num_outliers(num_columns))
+        kernel = Kernel(self.config.bits, self.grid.num_outliers(num_columns))
+        if num_columns > _MAX_COLUMNS and kernel.num_outliers:
+            raise InvalidOption(
+                f"rows of {num_columns} weights are too long for outliers: expected at most "
+                f"{_MAX_COLUMNS}, use outlier_share 0"
+            )
+        return kernel
 
     def pack(self, weight: Matrix | Packed) -> Packed:
         num_rows, num_columns = weight.shape
@@ -72,11 +78,6 @@ class Codebook(WeightFormat):
             if weight.kernel == kernel.kernel:
                 return weight
             weight = self.dequant(weight)
-        if num_columns > _MAX_COLUMNS and kernel.num_outliers:
-            raise BadFile(
-                f"rows of {num_columns} weights are too long for outliers: expected at most "
-                f"{_MAX_COLUMNS}, use outlier_share 0"
-            )
         data = np.empty((num_rows, kernel.row_bytes(num_columns)), np.uint8)
         step = max(1, _PIECE_WEIGHTS // num_columns)
         for first in range(0, num_rows, step):

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from vivace.errors import BadFile, InvalidOption
+from vivace.errors import InvalidOption
 from vivace.registry import TechniqueInfo
 from vivace.techniques.weight_formats._tables import FLOAT_TYPES, STEP, TableKernel, flush
 from vivace.techniques.weight_formats.base import Grid, Matrix, Packed, WeightFormat
@@ -116,8 +116,14 @@ class Table(WeightFormat):
         )
 
     def num_bytes(self, weight: Matrix | Packed) -> int:
-        num_rows, num_columns = weight.shape
-        return num_rows * self.kernel.row_bytes(num_columns)
+        kernel, (num_rows, num_columns) = self.kernel, weight.shape
+        together = 1 if kernel.group_size is None else max(kernel.group_size, STEP)
+        if num_columns % together:
+            raise InvalidOption(
+                f"groups of {kernel.group_size} do not divide rows of {num_columns} weights in "
+                "whole steps of 32: use a smaller group_size, or group_size 'row'"
+            )
+        return num_rows * kernel.row_bytes(num_columns)
 
     def pack(self, weight: Matrix | Packed) -> Packed:
         kernel, (num_rows, num_columns) = self.kernel, weight.shape
@@ -125,14 +131,8 @@ class Table(WeightFormat):
             if weight.kernel == kernel.kernel:
                 return weight
             weight = self.dequant(weight)
-        together = max(kernel.group_size or 1, STEP) if kernel.group_size else 1
-        if num_columns % together:
-            raise BadFile(
-                f"groups of {kernel.group_size} do not divide rows of {num_columns} weights in "
-                "whole steps of 32: use a smaller group_size, or group_size 'row'"
-            )
+        data = np.empty(self.num_bytes(weight), np.uint8).reshape(num_rows, -1)
         step = max(1, _PIECE_WEIGHTS // num_columns)
-        data = np.empty((num_rows, kernel.row_bytes(num_columns)), np.uint8)
         factor = _factor(weight, kernel, step) if kernel.has_factor else np.float32(1)
         for first in range(0, num_rows, step):
             rows = np.asarray(weight[first : first + step], np.float32)
@@ -155,7 +155,7 @@ def quantize(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Round [N, K] float32 to codes [N, K] uint8 and scales as stored [N, scales of a row].
 
-    Raises `BadFile` if a finite weight needs a scale that its type does not hold.
+    Raises `InvalidOption` if a finite weight needs a scale that its type does not hold.
     """
     num_rows, num_columns = weight.shape
     groups = weight.reshape(num_rows, -1, kernel.group_size or num_columns)
@@ -168,7 +168,7 @@ def quantize(
         stored = _round_scales(most, wanted, kernel, factor)
         scales = kernel.scales_of(stored, factor)
         if not np.isfinite(scales).all() and np.isfinite(weight).all():
-            raise BadFile(
+            raise InvalidOption(
                 f"a scale is not finite as {kernel.scale_type}: use scale_type 'bfloat16'"
             )
         if kernel.is_signed:
