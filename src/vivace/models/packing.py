@@ -85,7 +85,7 @@ def write_model(
     """
     if model.path.is_file():
         raise UnsupportedModel(
-            f"{model.path}: a GGUF file has no config.json and tokenizer.json that could lie beside "
+            f"{model.path}: a GGUF file has no config.json and tokenizer.json to lie beside "
             "packed weights: run it with --weights, which packs it once and keeps that, or "
             "quantize the checkpoint that it was made from"
         )

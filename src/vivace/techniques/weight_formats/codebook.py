@@ -95,24 +95,26 @@ def cluster_rows(
 
     A NaN or infinite weight is an outlier or makes a table of its kind.
     """
-    num_rows, num_columns = weight.shape
-    by_size = np.argsort(np.abs(weight), axis=1, kind="stable")  # NaN last
-    num_inside = num_columns - kernel.num_outliers
-    columns = np.sort(by_size[:, num_inside:], axis=1)
-    inside = np.sort(by_size[:, :num_inside], axis=1)
-    values = np.take_along_axis(weight, inside, axis=1)
-    order = np.argsort(values, axis=1, kind="stable")
-    ranked = np.take_along_axis(values, order, axis=1)
+    columns = _outlier_columns(weight, kernel.num_outliers)
+    is_inside = np.ones(weight.shape, bool)
+    np.put_along_axis(is_inside, columns, False, axis=1)
+    ranked = np.sort(weight[is_inside].reshape(len(weight), -1), axis=1)
     table = _centroids(ranked, 1 << kernel.bits, max_iterations)
-    ends = _ends(ranked, table)
-    ranks = np.arange(num_inside)
-    codes_of_ranks = np.zeros((num_rows, num_inside), np.uint8)
-    for end in ends.T:
-        codes_of_ranks += ranks >= end[:, None]
-    codes = np.zeros((num_rows, num_columns), np.uint8)
-    places = np.take_along_axis(inside, order, axis=1)
-    np.put_along_axis(codes, places, codes_of_ranks, axis=1)
+    codes = np.zeros(weight.shape, np.uint8)
+    for middle in _middles(table).T:
+        codes += ~(weight <= middle[:, None])  # NaN is above all
+    np.put_along_axis(codes, columns, 0, axis=1)
     return table, codes, columns, np.take_along_axis(weight, columns, axis=1)
+
+
+def _outlier_columns(weight: np.ndarray, count: int) -> np.ndarray:
+    """Where the largest magnitudes of each row are, NaN above all: [N, count], rising."""
+    num_columns = weight.shape[1]
+    magnitudes = (weight.view(np.uint32) & np.uint32(0x7FFFFFFF)).astype(np.uint64)
+    keys = magnitudes << np.uint64(32) | np.arange(num_columns, dtype=np.uint64)  # no two alike
+    inside = num_columns - count
+    largest = np.argpartition(keys, min(inside, num_columns - 1), axis=1)[:, inside:]
+    return np.sort(largest, axis=1)
 
 
 def _centroids(ranked: np.ndarray, count: int, max_iterations: int) -> np.ndarray:
@@ -125,11 +127,11 @@ def _centroids(ranked: np.ndarray, count: int, max_iterations: int) -> np.ndarra
     gaps = np.diff(ranked, axis=1, prepend=ranked[:, :1]).astype(np.float64)
     share = np.cumsum(np.cbrt(np.square(gaps)), axis=1)
     places = (np.arange(count) + 0.5) / count
-    starts = [np.searchsorted(row, places * row[-1]) for row in share]
+    starts = _count(np.less, share, places * share[:, -1:])
     centers = np.take_along_axis(ranked, np.minimum(starts, size - 1), axis=1).astype(np.float64)
     sums = np.concatenate([np.zeros((num_rows, 1)), np.cumsum(ranked, axis=1, dtype=float)], axis=1)
     for _ in range(max_iterations):
-        ends = _ends(ranked, centers)
+        ends = _count(np.less_equal, ranked, _middles(centers))
         bounds = np.concatenate(
             [np.zeros((num_rows, 1), int), ends, np.full((num_rows, 1), size)], axis=1
         )
@@ -142,12 +144,18 @@ def _centroids(ranked: np.ndarray, count: int, max_iterations: int) -> np.ndarra
     return np.sort(centers, axis=1).astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def _ends(ranked: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Where in a sorted row the cells of sorted centers end: [N, count - 1] ranks."""
-    middles = (centers[:, 1:] + centers[:, :-1]) / 2
-    return np.stack(
-        [
-            np.searchsorted(row, middle, side="right")
-            for row, middle in zip(ranked, middles, strict=True)
-        ]
-    )
+def _middles(centers: np.ndarray) -> np.ndarray:
+    """Where the cells of sorted centers [N, count] end: [N, count - 1]."""
+    return (centers[:, 1:] + centers[:, :-1]) / 2
+
+
+def _count(is_below: np.ufunc, ranked: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """How many values of a sorted row [N, n] are below each of its bounds [N, m], by bisection."""
+    low = np.zeros(bounds.shape, np.intp)
+    high = np.full(bounds.shape, ranked.shape[1])
+    for _ in range(ranked.shape[1].bit_length()):
+        middle = (low + high) // 2  # n where nothing is left to compare
+        value = np.take_along_axis(ranked, np.minimum(middle, ranked.shape[1] - 1), axis=1)
+        is_right = is_below(value, bounds) & (middle < high)
+        low, high = np.where(is_right, middle + 1, low), np.where(is_right, high, middle)
+    return low
