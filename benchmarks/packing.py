@@ -73,8 +73,8 @@ def pack_seconds(source: Path, rounds: int) -> list[float]:
     """Seconds to pack all matrices in memory, by the library alone."""
     from vivace.blocks import matrix_roles
     from vivace.models.loading import load_model
+    from vivace.models.matrices import matrix_of
     from vivace.registry import seams
-    from vivace.techniques.weight_formats.base import matrix_of
 
     model, int4 = load_model(source), seams()["weight_formats"].create("int4")
     seconds = []

@@ -23,11 +23,11 @@ from vivace.engine.sampling import NativeSampler
 from vivace.errors import BadFile, InvalidOption, InvalidRequest, QueueFull
 from vivace.executors.native import NativeExecutor
 from vivace.models.loading import LoadedModel, load_model
+from vivace.models.matrices import matrix_formats, packed_bytes
 from vivace.models.segmentation import Tokenization, check_tokenization
 from vivace.models.weight_cache import cache_folder, packed_weights
 from vivace.plan import DEFAULTS, Choices, Plan, ResolvedPlan, resolve
 from vivace.registry import seams
-from vivace.techniques.weight_formats.base import matrix_formats, packed_bytes
 from vivace.types import InputSegment, RequestKind, SamplingParams
 
 if TYPE_CHECKING:

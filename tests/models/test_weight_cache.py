@@ -16,6 +16,7 @@ from checkpoints import checkpoint
 from quantized_files import kind, quantize_checkpoint
 
 from vivace import LLM, Plan
+from vivace.errors import InvalidOption
 from vivace.llm import weight_formats
 from vivace.models import weight_cache
 from vivace.models.formats.packed_file import PackedFile
@@ -220,5 +221,9 @@ def test_where_the_cache_is(monkeypatch, tmp_path) -> None:
     assert cache_folder(None) == tmp_path / "vivace" / "packed"
     assert cache_folder("~/here") == Path.home() / "here"
     assert cache_folder("off") is None
+    with pytest.raises(InvalidOption, match="expected a path, or off"):
+        cache_folder("")
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    assert cache_folder(None) == Path.home() / ".cache" / "vivace" / "packed"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder(None) == Path.home() / ".cache" / "vivace" / "packed"

@@ -23,17 +23,11 @@ from vivace.blocks import (
 )
 from vivace.errors import BadFile, NativeError, UnsupportedModel
 from vivace.models.formats.block_tensor import BlockTensor
+from vivace.models.matrices import matrix_formats, matrix_of, not_finite, pack_matrix
 from vivace.models.quantized.matrices import QuantizedMatrix
 from vivace.models.rope import rope_table
 from vivace.techniques.kv_stores.base import KVStore
-from vivace.techniques.weight_formats.base import (
-    Packed,
-    WeightFormat,
-    matrix_formats,
-    matrix_of,
-    not_finite,
-    pack_matrix,
-)
+from vivace.techniques.weight_formats.base import Packed, WeightFormat
 from vivace.types import GroupRows, Segment, Step, StepOutput
 
 __all__ = ["NativeExecutor", "Site"]

@@ -28,9 +28,10 @@ from vivace.blocks import (
 from vivace.errors import UnsupportedModel
 from vivace.executors.torch_attention import PagedCache, paged_attend
 from vivace.executors.torch_experts import combine_experts
+from vivace.models.matrices import matrix_formats, matrix_of
 from vivace.models.rope import rope_table
 from vivace.techniques.kv_stores.base import KVStore
-from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_formats, matrix_of
+from vivace.techniques.weight_formats.base import Packed, WeightFormat
 from vivace.types import Step, StepOutput
 
 __all__ = ["Attend", "TorchExecutor", "TorchModel", "dense_causal_attend", "to_torch"]

@@ -15,7 +15,8 @@ from vivace.blocks import ModelGraph, WeightRef, matrix_roles, replace_refs, wei
 from vivace.errors import InvalidOption, UnsupportedModel
 from vivace.models.formats.packed_file import write_packed
 from vivace.models.formats.unfinished import whole_folder
-from vivace.techniques.weight_formats.base import Packed, WeightFormat, matrix_of, pack_matrix
+from vivace.models.matrices import matrix_of, pack_matrix
+from vivace.techniques.weight_formats.base import Packed, WeightFormat
 
 if TYPE_CHECKING:
     from vivace.models.loading import LoadedModel

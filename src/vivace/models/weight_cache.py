@@ -18,18 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace.blocks import ModelGraph, WeightRef, weight_refs
-from vivace.errors import BadFile
+from vivace.errors import BadFile, InvalidOption
 from vivace.models.formats.packed_file import PackedFile, write_packed
 from vivace.models.formats.unfinished import remove_leftovers
+from vivace.models.matrices import matrix_of, pack_matrix, packed_bytes
 from vivace.models.packing import packed_graph, packed_names
 from vivace.models.quantized.matrices import QuantizedMatrix
-from vivace.techniques.weight_formats.base import (
-    Packed,
-    WeightFormat,
-    matrix_of,
-    pack_matrix,
-    packed_bytes,
-)
+from vivace.techniques.weight_formats.base import Packed, WeightFormat
 
 if TYPE_CHECKING:
     from vivace.models.loading import LoadedModel
@@ -43,12 +38,17 @@ _log = logging.getLogger("vivace")
 
 
 def cache_folder(chosen: str | Path | None) -> Path | None:
-    """Where entries lie: the folder chosen, or the user's; None: nothing is kept."""
+    """Where entries lie: the folder chosen, or the user's; None: nothing is kept.
+
+    Raises `InvalidOption`.
+    """
+    if chosen == "":
+        raise InvalidOption(f"the folder of packed weights is '': expected a path, or {OFF}")
     if chosen is not None:
         return None if chosen == OFF else Path(chosen).expanduser()
     variable = {"darwin": None, "win32": "LOCALAPPDATA"}.get(sys.platform, "XDG_CACHE_HOME")
     root = os.environ.get(variable) if variable else None
-    if root:
+    if root and os.path.isabs(root):  # others do not count
         return Path(root) / "vivace" / "packed"
     try:
         home = Path.home()

@@ -8,31 +8,17 @@ the order of float32 sums.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from array_api_compat import array_namespace
 
-from vivace import _native
-from vivace.blocks import ModelGraph, Role, WeightRef, matrix_roles
-from vivace.errors import BadFile, InvalidOption
+from vivace.errors import BadFile
 from vivace.registry import Technique
 from vivace.techniques.weight_formats import _kernels
 
-__all__ = [
-    "Grid",
-    "Matrix",
-    "Packed",
-    "WeightFormat",
-    "matrix_formats",
-    "matrix_of",
-    "not_finite",
-    "pack_matrix",
-    "packed_bytes",
-]
+__all__ = ["Grid", "Matrix", "Packed", "WeightFormat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +98,6 @@ class Matrix(Protocol):
     def __getitem__(self, rows: slice, /) -> Any: ...
 
 
-def matrix_of(weights: Mapping[str, Any], ref: WeightRef) -> Any:
-    """The matrix [out, in] that `ref` names among a checkpoint's tensors."""
-    stored = weights[ref.name]
-    if ref.is_transposed and not isinstance(stored, Packed):  # which lies upright
-        stored = stored.T
-    return stored[ref.first_row : ref.first_row + ref.shape[0]]
-
-
 class WeightFormat(Technique):
     """Base of the seam."""
 
@@ -154,46 +132,3 @@ class WeightFormat(Technique):
         """x [N, in] float32 times the stored matrix, transposed: [N, out] float32."""
         weight = array_namespace(x).asarray(self.dequant(packed))
         return self.round_inputs(x, packed) @ weight.T
-
-
-def matrix_formats(
-    graph: ModelGraph, body: WeightFormat, role_formats: Mapping[Role, WeightFormat] | None
-) -> dict[WeightRef, WeightFormat]:
-    """The format of every matrix: its role's own, else the body's."""
-    own = role_formats or {}
-    return {ref: own.get(role, body) for ref, role in matrix_roles(graph).items()}
-
-
-def packed_bytes(weights: Mapping[str, Any], formats: Mapping[WeightRef, WeightFormat]) -> int:
-    """Bytes of a checkpoint's matrices as their formats will store them. Raises `InvalidOption`."""
-    num_bytes = 0
-    for ref, weight_format in formats.items():
-        with _named(ref.name):
-            num_bytes += weight_format.num_bytes(matrix_of(weights, ref))
-    return num_bytes
-
-
-def pack_matrix(
-    name: str,
-    weight: Matrix | Packed,
-    weight_format: WeightFormat,
-    is_finite: Callable[[Packed], bool] = _native.is_finite,
-) -> Packed:
-    """Store the matrix of a tensor. Raises `InvalidOption`, `BadFile` if it is not finite."""
-    with _named(name):
-        packed = weight_format.pack(weight)
-    if not is_finite(packed):
-        raise not_finite(name)
-    return packed
-
-
-def not_finite(name: str) -> BadFile:
-    return BadFile(f"tensor '{name}' holds NaN or infinity: the file is damaged, fetch it again")
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (BadFile, InvalidOption) as error:
-        raise type(error)(f"tensor '{name}': {error}") from error

@@ -65,9 +65,9 @@ class Table(WeightFormat):
     A scale maps a group's largest weight to the table's; e8m0 ones follow OCP MX, e4m3 ones NVFP4:
     a float32 factor of the matrix, repeated in each row, brings them to at most 448.
     Ties go to the even code of a float type, and to the lower value of other tables.
-    Paper: 2303.17951 (P327, fp8), 2312.08583 (P334, fp6), 2310.16836 (P337, llm_fp4: a real
-        exponent bias is a real scale), 2311.01792 (P311, afpq: scales of values above and below
-        zero), P046 and P258 (mxfp4 and nvfp4).
+    Paper: van Baalen et al. 2023, 2303.17951 (P327, fp8); Wu et al. 2023, 2312.08583 (P334, fp6);
+        Liu et al. 2023, 2310.16836 (P337, llm_fp4: a real exponent bias is a real scale); Zhang et
+        al. 2023, 2311.01792 (P311, afpq); 2603.08747 and 2509.23202 (P046, P258: mxfp4, nvfp4).
     Differs: scales are not searched, inputs are bfloat16 and not quantized.
     Cost: bits of a code and a scale's share, 4.25 for nf4; products cost as much as bfloat16's.
     Args:
