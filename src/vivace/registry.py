@@ -141,7 +141,7 @@ def _configure(owner: str, config_class: type, options: dict[str, Any]) -> Any:
 def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
-        return value in typing.get_args(hint)
+        return any(type(value) is type(item) and value == item for item in typing.get_args(hint))
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in typing.get_args(hint))
     if origin is tuple:
@@ -157,6 +157,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def _spell(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(repr(item) for item in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_spell(typing.get_args(hint)[0])}"
     return getattr(hint, "__name__", None) or str(hint)
 
 

@@ -149,7 +149,13 @@ def test_codes_of_nan_are_refused(values: str) -> None:
 
 
 def test_refused_options() -> None:
-    for values in ((1.0, 2.0), (0.0, *range(1, 16)), (*[-1.0] * 8,), (np.nan, *[-1.0, 1.0] * 4)):
+    for values in (
+        (1.0, 2.0),
+        (0.0, *range(1, 16)),
+        (*[-1.0] * 8,),
+        (np.nan, *[-1.0, 1.0] * 4),
+        (1e39, *[-1.0, 1.0, 0.5] * 5),
+    ):
         with pytest.raises(InvalidOption, match="8, 16 or 64 finite ones"):
             table("nf4", values=tuple(float(value) for value in values))
     for preset in ("fp6", "fp8", "afpq4"):

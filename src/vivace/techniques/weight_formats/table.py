@@ -80,14 +80,15 @@ class Table(WeightFormat):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         preset = PRESETS[config.preset]
+        with np.errstate(over="ignore"):
+            values = np.asarray(config.values, np.float32)
         group_size = preset.group_size if config.group_size is None else config.group_size
         self.kernel = TableKernel(
-            ",".join(str(np.float32(value)) for value in config.values) or preset.values,
+            ",".join(map(str, values)) or preset.values,
             None if group_size == "row" else group_size,
             config.scale_type or preset.scale_type,
             preset.is_signed,
         )
-        values = np.asarray(config.values, np.float32)
         if len(values) and not (
             len(values) in (8, 16, 64)
             and np.isfinite(values).all()
