@@ -19,7 +19,7 @@ if sys.platform != "win32":
 
 __all__ = ["remove_leftovers", "whole_file", "whole_folder"]
 
-_SUFFIX = ".unfinished"
+_TOKEN_DIGITS, _SUFFIX = 16, ".unfinished"
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     Nothing happens on systems without locks.
     """
     of_name = "*" if name is None else glob.escape(name)
-    for path in folder.glob(f".{of_name}.*{_SUFFIX}"):
+    for path in folder.glob(f".{of_name}.{'[0-9a-f]' * _TOKEN_DIGITS}{_SUFFIX}"):
         lock = _lock(path)
         if lock is not None:
             _remove(path)
@@ -62,7 +62,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 @contextmanager
 def _held(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     remove_leftovers(path.parent, path.name)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    new = path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN_DIGITS // 2)}")
     lock = None
     try:
         make(new)
