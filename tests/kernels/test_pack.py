@@ -127,7 +127,7 @@ def test_a_finite_weight_whose_scale_is_not_is_told(isa: str) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    weight, out = np.zeros((16, 48), np.float32), np.zeros(1024, np.uint8)
+    weight, out = np.zeros((64, 48), np.float32), np.zeros(1024, np.uint8)
     with pytest.raises(NativeError, match="do not divide"):
         _native.pack_codes("int4/32/float16", weight, out)
     with pytest.raises(NativeError, match="out has 1024 bytes"):
@@ -137,8 +137,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(NativeError, match="expected integer codes"):
         _native.pack_codes("float32", weight, np.zeros(weight.nbytes, np.uint8))
     with pytest.raises(NativeError, match="expected float32, float16 or uint16"):
-        out = np.zeros(_native.matrix_bytes("int4/row/float16", 16, 48), np.uint8)
-        _native.pack_codes("int4/row/float16", weight.astype(np.float64), out)
+        _native.pack_codes("int4/row/float16", weight.astype(np.float64), np.zeros(2176, np.uint8))
 
 
 # ---------------------------------------------------------------- sums

@@ -54,7 +54,9 @@ def unpack_panels(
     scales = np.ascontiguousarray(groups[..., :zeros_at]).view(scale_type)
     zeros = groups[..., zeros_at:codes_at] if has_zeros else None
     vectors = groups[..., codes_at:].reshape(num_units, steps, bits, _PANELS, _LINE)
-    vectors = _stretch(vectors.swapaxes(2, 3), bits).reshape(num_units, steps, _PANELS, 8, _LANES, 4)
+    vectors = _stretch(vectors.swapaxes(2, 3), bits).reshape(
+        num_units, steps, _PANELS, 8, _LANES, 4
+    )
     codes = vectors.transpose(0, 2, 4, 1, 3, 5).reshape(num_units * UNIT_OUTPUTS, -1)
     return (
         codes[:num_rows, :num_columns],
