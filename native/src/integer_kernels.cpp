@@ -14,6 +14,7 @@ namespace {
 constexpr int kTileRows = VIVACE_LEVEL >= 2 ? 8 : 4;
 // Up to kWideRows rows meet all panels of a unit at once, in the order in which memory has them.
 constexpr int kWideRows = 4;
+constexpr int kManyRows = 32;  // from here on reading the weights costs little
 
 // ---------------------------------------------------------------- tiles
 
@@ -182,15 +183,16 @@ void multiply_wide(int T, const Format& format, const void* unit, const Tile& ti
 #endif
 }
 
-// All rows of an item times one panel; tiles share them evenly.
-template <class Source>
-void multiply_panel(const Source& source, const LinearItem& item, int num_tiles, Tile& tile) {
+// Calls f(rows) for each of a number of tiles that share an item's rows evenly, `tile` being that
+// one.
+template <class F>
+void for_row_tiles(const LinearItem& item, int num_tiles, Tile& tile, F f) {
   float* y = tile.y;
   for (int m = 0, i = 0; i < num_tiles; ++i) {
     const int count = (item.M - m) / (num_tiles - i);
     tile.x = static_cast<const char*>(item.x) + static_cast<size_t>(m) * item.x_stride;
     tile.y = y + m * item.ldy;
-    multiply_rows(count, &source, tile);
+    f(count);
     tile.ahead.per_step = 0;
     m += count;
   }
@@ -225,10 +227,14 @@ void multiply_as(const Format& format, const LinearItem& item) {
   };
   int n = 0;
   if constexpr (Source::kGroup == 0) {
-    if (item.M <= kWideRows) {
+    // Where sums seldom become floats, units are the faster tiles for many rows too.
+    const bool is_seldom = VIVACE_LEVEL >= 3 && format.input.group > kStepInputs;
+    if (item.M <= kWideRows || (is_seldom && item.M >= kManyRows)) {
       for (; n + kUnitOutputs <= item.rows; n += kUnitOutputs) {
         aim(n, kPanels);
-        multiply_wide<Source::kBits>(item.M, format, unit_of(n), tile);
+        for_row_tiles(item, (item.M + kWideRows - 1) / kWideRows, tile, [&](int count) {
+          multiply_wide<Source::kBits>(count, format, unit_of(n), tile);
+        });
       }
     }
   }
@@ -237,11 +243,12 @@ void multiply_as(const Format& format, const LinearItem& item) {
     aim(n, 1);
     if constexpr (Source::kGroup != 0) {
       if (tiles >= kUnpackTiles) {
-        multiply_panel(Unpacked<Source>(source, item.K, item.scratch), item, tiles, tile);
+        const Unpacked<Source> unpacked(source, item.K, item.scratch);
+        for_row_tiles(item, tiles, tile, [&](int count) { multiply_rows(count, &unpacked, tile); });
         continue;
       }
     }
-    multiply_panel(source, item, tiles, tile);
+    for_row_tiles(item, tiles, tile, [&](int count) { multiply_rows(count, &source, tile); });
   }
 }
 

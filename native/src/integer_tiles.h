@@ -84,6 +84,8 @@ struct TileRows {
 };
 
 #if VIVACE_LEVEL >= 3
+constexpr size_t kAheadBytes = 16 << 10;  // far enough for what is read to be there in time
+
 // Few rows times a unit of codes: what decoding does most, so with as few instructions a byte as
 // can be. Where the registers suffice, codes are multiplied where they lie in their bytes: sums of
 // those in upper bits are multiples of their place, and shifted down at a group's end. kIsUsual:
@@ -100,7 +102,8 @@ template <int kBits, bool kIsUsual, int T>
   const CodesLayout layout = codes_layout(format, tile.K);
   const size_t scale_stride = kPanelOutputs * scale_bytes(scale_type);
   TileRows rows(tile);
-  Ahead ahead = tile.ahead;
+  // Memory is read in order, which its prefetchers follow if arithmetic does not hold it up.
+  const size_t ahead = tile.ahead.per_step == 0 ? 0 : kAheadBytes;
   const auto* first = static_cast<const uint8_t*>(unit);
   const uint8_t* group_at = first;
   F32x16 acc[kPanels][T];
@@ -128,12 +131,12 @@ template <int kBits, bool kIsUsual, int T>
       }
       const uint8_t* at = group_at + head + half * 64;
       for (int s = 0; s < count; ++s, at += kPanels * kBits * 64) {
-        if (T > 2 && half == 0) ahead.advance();
         VIVACE_UNROLL
         for (int v = 0; v < kPlaceBits; ++v) VIVACE_UNROLL
         for (int p = 0; p < P; ++p) {
           Bytes64 raw = load_bytes(at + (v * kPanels + p) * 64);
           __asm__("" : "+v"(raw.v));  // keeps it in a register: loads are scarce
+          if (T > 2) __builtin_prefetch(at + (v * kPanels + p) * 64 + ahead, 0, 2);
           VIVACE_UNROLL
           for (int i = 0; i < kPlaces; ++i) {
             const int j = v + kPlaceBits * i;

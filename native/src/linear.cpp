@@ -14,6 +14,8 @@ namespace {
 
 constexpr int32_t kManyRows = 16;  // from here on, a matrix product; below, a stream of weights
 constexpr size_t kStreamItemBytes = 128 << 10;  // of W per item, where reading it is the cost
+constexpr size_t kPairedItemBytes = 640 << 10;  // the same of each of two parts: long runs are fast
+constexpr int32_t kPairedItems = 16;            // but at least so many
 constexpr int32_t kMaxBlockRows = 256;          // rows of x per item
 constexpr int32_t kItemOutputs = 48;            // rows of W per item, where arithmetic is the cost
 constexpr int32_t kItemCodes = 192;             // the same, of codes
@@ -43,9 +45,11 @@ Cut cut(const LinearJob& job, const LinearPart& part) {
     // A multiple of what every kernel takes at once.
     const bool is_row_major = unit_outputs(part.format) == 1;
     const int32_t tile = is_row_major ? (job.M <= 3 ? 8 : 6) : 4 * kPanelOutputs;
-    const size_t unit = unit_bytes(part.format, job.K) * (job.is_paired ? 2 : 1);
+    const size_t unit = unit_bytes(part.format, job.K);
     const size_t row = std::max<size_t>(1, unit / unit_outputs(part.format));
-    const auto outputs = static_cast<int32_t>(std::min<size_t>(kStreamItemBytes / row, 4096));
+    const size_t most = job.is_paired ? kPairedItemBytes : kStreamItemBytes;
+    const int32_t limit = job.is_paired ? part.rows / kPairedItems : 4096;
+    const auto outputs = std::min(static_cast<int32_t>(most / row), limit);
     cut.item_outputs = std::max(outputs / tile * tile, tile);
     cut.item_rows = std::max(job.M, 1);
   } else {
@@ -63,6 +67,13 @@ Cut cut(const LinearJob& job, const LinearPart& part) {
   return cut;
 }
 
+// Of an item whose outputs are not kept.
+size_t output_bytes(const LinearJob& job, const Cut& cut) {
+  if (job.y != nullptr) return 0;
+  const size_t size = static_cast<size_t>(cut.item_rows) * cut.item_outputs * sizeof(float);
+  return (size * (job.is_paired ? 2 : 1) + 63) / 64 * 64;
+}
+
 int64_t num_items(const LinearJob& job) {
   int64_t items = 0;
   for (int32_t i = 0; i < num_parts(job); ++i) items += cut(job, job.parts[i]).num_items();
@@ -76,9 +87,9 @@ const char* address(const LinearPart& part, int32_t K, int32_t row) {
   return static_cast<const char*>(part.weight) + units * unit_bytes(part.format, K);
 }
 
-// `offset`: of the part's outputs in a row of y. `next`: where this thread will read on.
-void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& part, int64_t offset,
-              const OutputRange& range, const void* next, char* scratch) {
+// `next`: where this thread will read on.
+void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& part,
+              const OutputRange& range, float* y, const void* next, char* scratch) {
   const Format& format = part.format;
   LinearItem work;
   work.K = job.K;
@@ -88,8 +99,8 @@ void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& pa
   work.x = static_cast<const char*>(job.x) + range.first_row * job.x_stride + part.input_at;
   work.x_stride = job.x_stride;
   work.M = range.last_row - range.first_row;
-  work.y = job.y + range.first_row * job.ldy + offset + range.first;
-  work.ldy = job.ldy;
+  work.y = y;
+  work.ldy = range.stride;
   work.scratch = scratch;
   work.next = next;
   if (is_float(format))
@@ -118,13 +129,23 @@ void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int th
   range.last = std::min(range.first + cuts.item_outputs, part.rows);
   range.first_row = static_cast<int32_t>(item % cuts.row_blocks) * cuts.item_rows;
   range.last_row = std::min(range.first_row + cuts.item_rows, job.M);
+  if (job.y != nullptr) {
+    range.y = job.y + range.first_row * job.ldy + offset + range.first;
+    range.paired = range.y + part.rows;
+    range.stride = job.ldy;
+  } else {
+    range.y = reinterpret_cast<float*>(scratch);
+    range.paired = range.y + cuts.item_outputs;
+    range.stride = int64_t{cuts.item_outputs} * (job.is_paired ? 2 : 1);
+    scratch += output_bytes(job, cuts);
+  }
   const char* next = address(part, job.K, range.last);
   if (job.is_paired) {
     const LinearPart& other = job.parts[1];
-    multiply(kernels, job, part, offset, range, address(other, job.K, range.first), scratch);
-    multiply(kernels, job, other, part.rows, range, next, scratch);
+    multiply(kernels, job, part, range, range.y, address(other, job.K, range.first), scratch);
+    multiply(kernels, job, other, range, range.paired, next, scratch);
   } else {
-    multiply(kernels, job, part, offset, range, next, scratch);
+    multiply(kernels, job, part, range, range.y, next, scratch);
   }
   if (job.then) (*job.then)(range, thread);
 }
@@ -166,8 +187,9 @@ void linear(const Kernels& kernels, Pool& pool, LinearJob* jobs, int64_t num_job
   for (LinearJob* job = jobs; job != jobs + num_jobs; ++job) {
     job->first_item = items;
     if (job->M > 0) items += num_items(*job);
-    for (int32_t i = 0; i < job->num_parts; ++i)
-      scratch_size = std::max(scratch_size, scratch_bytes(job->parts[i].format, job->K));
+    for (const LinearPart* part = job->parts; part != job->parts + job->num_parts; ++part)
+      scratch_size = std::max(
+          scratch_size, output_bytes(*job, cut(*job, *part)) + scratch_bytes(part->format, job->K));
   }
   thread_local Buffer<char> buffer;  // kept for the next call
   buffer.reserve(scratch_size * static_cast<size_t>(pool.threads()));

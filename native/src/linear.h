@@ -21,9 +21,12 @@ struct LinearPart {
 };
 
 // Outputs [first, last) of a part (of both parts, if they are paired) for rows [first_row,
-// last_row).
+// last_row), at y of the first row and `stride` further with each row; the second part's at
+// `paired`.
 struct OutputRange {
   int32_t part, first, last, first_row, last_row;
+  float *y, *paired;
+  int64_t stride;
 };
 
 // A group of matrices and the rows that it reads.
@@ -34,7 +37,7 @@ struct LinearJob {
   const void* x;  // [M] prepared rows
   size_t x_stride;
   int32_t M;
-  float* y;  // [M, outputs of all parts], rows ldy apart
+  float* y;  // [M, outputs of all parts], rows ldy apart; null: only `then` sees outputs
   int64_t ldy;
 
   // What the thread that has computed outputs does with them at once, while they are in its cache.

@@ -233,9 +233,6 @@ void Program::reserve(const StepArrays& step) {
     const Block& block = blocks_[index];
     if (block.kind == BlockKind::attention)
       work = std::max(work, rows * (block.in.out_features() + block.out.in_features));
-    if (block.kind == BlockKind::mlp)
-      work = std::max(work,
-                      std::min<size_t>(rows, kMlpRows) * block.experts[0].gate_up.out_features());
   }
   hidden_.reserve(rows * hidden_size_);
   core_.reserve(rows * hidden_size_);
@@ -393,9 +390,6 @@ void Program::run_rows(const StepArrays& step, int index) {
 
 void Program::run_mlp(const StepArrays& step, const Block& block) {
   const Expert& mlp = block.experts[0];
-  const int64_t width = mlp.gate_up.out_features();
-  const int32_t inner = mlp.down.in_features;
-  float* gates = work_.data();
   for (int64_t first = 0; first < step.num_rows; first += kMlpRows) {
     const int64_t rows = std::min(kMlpRows, step.num_rows - first);
     // Gates and what they open are computed together, so that each becomes an input of `down` at
@@ -403,16 +397,16 @@ void Program::run_mlp(const StepArrays& step, const Block& block) {
     const std::function<void(const OutputRange&, int)> activate = [&](const OutputRange& range,
                                                                       int) {
       for (int64_t row = range.first_row; row < range.last_row; ++row) {
-        float* gate = gates + row * width;
-        kernels_.ops->activate(block.activation, gate + range.first,
-                               mlp.is_gated() ? gate + inner + range.first : nullptr,
-                               gate + range.first, range.last - range.first);
-        prepare_row(kernels_, mlp.down, range.first, range.last, gate,
+        const int64_t at = (row - range.first_row) * range.stride;
+        float* gate = range.y + at;
+        kernels_.ops->activate(block.activation, gate, mlp.is_gated() ? range.paired + at : nullptr,
+                               gate, range.last - range.first);
+        prepare_row(kernels_, mlp.down, range.first, range.last, gate - range.first,
                     down_input_.data() + row * mlp.down.input.bytes);
       }
     };
     const Linear& gate_up = mlp.gate_up;
-    LinearJob job = gate_up.job(input_.data() + first * gate_up.input.bytes, rows, gates, width);
+    LinearJob job = gate_up.job(input_.data() + first * gate_up.input.bytes, rows, nullptr, 0);
     job.then = &activate;
     job.align = kPreparedTogether;
     job.is_paired = mlp.is_gated();
@@ -425,16 +419,18 @@ void Program::run_mlp(const StepArrays& step, const Block& block) {
 // once.
 void Program::multiply_last(const Block& block, const Linear& linear, const char* x, int64_t first,
                             int64_t rows) {
-  float* out = core_.data() + first * hidden_size_;
   float* hidden = hidden_.data() + first * hidden_size_;
   const std::function<void(const OutputRange&, int)> add = [&](const OutputRange& range, int) {
-    for (int64_t row = range.first_row; row < range.last_row; ++row) {
-      const int64_t at = row * hidden_size_ + range.first;
-      kernels_.ops->add(hidden + at, out + at, block.residual_scale, range.last - range.first);
-    }
+    for (int64_t row = range.first_row; row < range.last_row; ++row)
+      kernels_.ops->add(hidden + row * hidden_size_ + range.first,
+                        range.y + (row - range.first_row) * range.stride, block.residual_scale,
+                        range.last - range.first);
   };
-  LinearJob job = linear.job(x, rows, out, hidden_size_);
-  if (block.adds_at_once()) job.then = &add;
+  LinearJob job = linear.job(x, rows, core_.data() + first * hidden_size_, hidden_size_);
+  if (block.adds_at_once()) {
+    job.y = nullptr;
+    job.then = &add;
+  }
   vivace::linear(kernels_, *pool_, &job, 1);
 }
 
