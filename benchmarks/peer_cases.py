@@ -27,7 +27,7 @@ class Case:
 
 
 INT4 = {"name": "int4", "group_size": 32}
-INT2 = [{"name": "int2", "group_size": 32}, INT4 | {"role": "head"}]
+INT2 = [{"name": "int2", "group_size": 64}, INT4 | {"role": "head"}]
 CASES = (
     Case("Vivace int4", "4 bits", "vivace", "hf", INT4),
     Case("Vivace int2, head int4", "4 bits", "vivace", "hf", INT2),
@@ -53,6 +53,7 @@ class Decode:
     num_sequences: int = 1
     context: int = 128
     num_steps: int = 8
+    cases: tuple[str, ...] | None = None  # only these: a long prompt takes minutes of two cores
 
     @property
     def counts_cache(self) -> bool:
@@ -60,13 +61,21 @@ class Decode:
         return self.context > 1024
 
 
+LONG = (
+    "Vivace int4",
+    "llama.cpp Q4_0",
+    "OpenVINO int4",
+    "Vivace bfloat16",
+    "llama.cpp BF16",
+    "transformers bfloat16",
+)
 PREFILL, PREFILL_TOKENS = "prefill 512", 512
 DECODES = (
     Decode("decode 1", num_steps=12),
     Decode("decode 4", 4),
     Decode("decode 8", 8),
     Decode("decode 16", 16),
-    Decode("decode 1 at 16k", context=16384),
+    Decode("decode 1 at 16k", context=16384, cases=LONG),
 )
 QUICK = ("decode 1", "decode 8")  # with --quick
 

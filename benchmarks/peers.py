@@ -196,7 +196,8 @@ def run_round(subjects: list[Subject], index: int, options: Options, limits: Lim
             subject.rates.setdefault(PREFILL, []).append(PREFILL_TOKENS / answer["seconds"])
     for decode in options.decodes:
         for subject in subjects:
-            run_decode(subject, decode, index >= 0, limits)
+            if decode.cases is None or subject.case.name in decode.cases:
+                run_decode(subject, decode, index >= 0, limits)
     limits.measure_operations()
 
 
@@ -270,8 +271,8 @@ def measure(model: str, cases: list[Case], options: Options) -> dict[str, Any]:
 
 def summarize(subject: Subject, config: dict[str, Any], options: Options) -> dict[str, Any]:
     case, ready = subject.case, subject.worker.ready
-    steps = {decode.name: subject.bytes_per_step(decode) for decode in options.decodes}
-    per_token = {d.name: steps[d.name] / d.num_sequences for d in options.decodes}
+    decodes = [decode for decode in options.decodes if decode.name in subject.rates]
+    per_token = {d.name: subject.bytes_per_step(d) / d.num_sequences for d in decodes}
     rates = {name: harness.summary(values) for name, values in subject.rates.items()}
     operations = shapes.operations(config, PREFILL_TOKENS) / PREFILL_TOKENS
     return {

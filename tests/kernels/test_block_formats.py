@@ -14,7 +14,7 @@ from gguf_files import assert_same_bits, dequantized, random_blocks
 from native_cases import executor, llama
 
 from vivace import _native
-from vivace.errors import BadFile, NativeError, UnsupportedModel
+from vivace.errors import BadFile, InvalidOption, NativeError, UnsupportedModel
 from vivace.models.formats.block_tensor import BlockTensor
 from vivace.models.formats.ggml_types import TYPES
 from vivace.registry import Seam
@@ -177,9 +177,9 @@ def test_packing_says_what_overflows_and_leaves_what_was_not_finite():
     raw[2, 17] = 200  # a scale of 2^73
     tensor = BlockTensor(TYPES[39], raw)
     assert np.isfinite(bfloat16.pack(tensor).data.astype(np.float32)).all()
-    with pytest.raises(BadFile, match="not finite as float16"):
+    with pytest.raises(InvalidOption, match="not finite as float16"):
         float16.pack(tensor)
-    with pytest.raises(BadFile, match="not finite as float16"):
+    with pytest.raises(InvalidOption, match="not finite as float16"):
         float16.pack(np.full((2, 2), -1e6, np.float32))
     for value in (np.nan, np.inf, -np.inf):
         weight = np.array([[1, value]], np.float32)
