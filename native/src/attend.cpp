@@ -49,7 +49,7 @@ void Attend::make_items(const AttentionCall& call) {
   const int heads = std::min(heads_per_kv, kMaxItemQueries), rows = kMaxItemQueries / heads;
   for (int64_t s = 0; s < call.num_spans; ++s) {
     const Span& span = call.spans[s];
-    // Late rows of a span read most: they start first.
+    // Late rows of a span read most: they come first, so that what is left in the end is small.
     for (int64_t row = (span.num_rows - 1) / rows * rows; row >= 0 && span.num_rows > 0;
          row -= rows)
       for (int kv_head = 0; kv_head < call.num_kv_heads; ++kv_head)

@@ -42,7 +42,7 @@ struct Linear {
 // Lets linears read the same prepared rows.
 void share_input(const std::vector<Linear*>& linears);
 
-// Prepares inputs [first, last) of a row: float32 [in_features] -> input.bytes at `out`.
+// Prepares inputs [first, last) of a row: float32 [last - first] -> input.bytes at `out`.
 void prepare_row(const Kernels& kernels, const Linear& linear, int32_t first, int32_t last,
                  const float* row, char* out);
 // All of them.

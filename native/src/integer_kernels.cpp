@@ -3,7 +3,7 @@
 // Lanes are outputs. Inside a group of inputs the sum is exact in 32 bits; then one multiply-add
 // per group, in order of K, joins the output's float32 sum. So an output's bits depend on K and the
 // format alone, whatever the rows of a tile and the instruction set. Codes are unpacked once for
-// all rows of a tile.
+// all rows of a tile. Few rows have kernels of their own (integer_tiles.h).
 #include "integer_tiles.h"
 #include "linear.h"
 
@@ -14,7 +14,7 @@ namespace {
 constexpr int kTileRows = VIVACE_LEVEL >= 2 ? 8 : 4;
 // Up to kWideRows rows meet all panels of a unit at once, in the order in which memory has them.
 constexpr int kWideRows = 4;
-constexpr int kManyRows = 32;  // from here on reading the weights costs little
+constexpr int kUnitTileRows = 32;  // from here on reading the weights costs little
 
 // ---------------------------------------------------------------- tiles
 
@@ -34,6 +34,7 @@ template <class Source, int T, int P>
   TileRows rows(tile);
   const int num_steps = (tile.K + kStepInputs - 1) / kStepInputs;
   Ahead ahead = tile.ahead;
+  if (!tile.is_first) ahead.per_step = 0;
   const auto start = [&](int p, int r, int group) {
     return sources[p].start(group, set1_i32(rows.scale(r, group).offset));
   };
@@ -193,7 +194,7 @@ void for_row_tiles(const LinearItem& item, int num_tiles, Tile& tile, F f) {
     tile.x = static_cast<const char*>(item.x) + static_cast<size_t>(m) * item.x_stride;
     tile.y = y + m * item.ldy;
     f(count);
-    tile.ahead.per_step = 0;
+    tile.is_first = false;
     m += count;
   }
 }
@@ -223,13 +224,14 @@ void multiply_as(const Format& format, const LinearItem& item) {
     const auto* next = after < item.rows ? unit_of(after) : static_cast<const char*>(item.next);
     const size_t share = unit / Source::kUnitPanels * panels;
     const size_t panel = static_cast<size_t>(n % kUnitOutputs) / kPanelOutputs;
+    tile.is_first = true;
     tile.ahead = {next, panel * share, panel * share, next == nullptr ? 0 : share / steps};
   };
   int n = 0;
   if constexpr (Source::kGroup == 0) {
     // Where sums seldom become floats, units are the faster tiles for many rows too.
     const bool is_seldom = VIVACE_LEVEL >= 3 && format.input.group > kStepInputs;
-    if (item.M <= kWideRows || (is_seldom && item.M >= kManyRows)) {
+    if (item.M <= kWideRows || (is_seldom && item.M >= kUnitTileRows)) {
       for (; n + kUnitOutputs <= item.rows; n += kUnitOutputs) {
         aim(n, kPanels);
         for_row_tiles(item, (item.M + kWideRows - 1) / kWideRows, tile, [&](int count) {
@@ -274,7 +276,8 @@ void prepare(const InputFormat& format, int32_t K, int32_t from, int32_t to, con
     const int32_t first = group * format.group;
     const auto vector = [&](int i) {
       const int32_t k = first + 16 * i;
-      return k + 16 <= K ? load(row + k) : k < K ? load_first(row + k, K - k) : zero();
+      const float* x = row + (k - from);
+      return k + 16 <= K ? load(x) : k < K ? load_first(x, K - k) : zero();
     };
     I32x16 most = set1_i32(0);
     for (int i = 0; i < num_vectors; ++i) most = max_magnitude(most, vector(i));

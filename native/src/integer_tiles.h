@@ -28,6 +28,7 @@ struct Tile {
   int64_t ldy;
   int outputs;
   Ahead ahead;
+  bool is_first;  // of those that meet these weights, which then come from memory
 };
 
 // The prepared rows of a tile. Few registers hold where they are: offsets are made of multiples of
@@ -102,8 +103,6 @@ template <int kBits, bool kIsUsual, int T>
   const CodesLayout layout = codes_layout(format, tile.K);
   const size_t scale_stride = kPanelOutputs * scale_bytes(scale_type);
   TileRows rows(tile);
-  // Memory is read in order, which its prefetchers follow if arithmetic does not hold it up.
-  const size_t ahead = tile.ahead.per_step == 0 ? 0 : kAheadBytes;
   const auto* first = static_cast<const uint8_t*>(unit);
   const uint8_t* group_at = first;
   F32x16 acc[kPanels][T];
@@ -136,7 +135,9 @@ template <int kBits, bool kIsUsual, int T>
         for (int p = 0; p < P; ++p) {
           Bytes64 raw = load_bytes(at + (v * kPanels + p) * 64);
           __asm__("" : "+v"(raw.v));  // keeps it in a register: loads are scarce
-          if (T > 2) __builtin_prefetch(at + (v * kPanels + p) * 64 + ahead, 0, 2);
+          // Memory's prefetchers follow such a run unless arithmetic holds it up.
+          if (T > 2 && tile.is_first)
+            __builtin_prefetch(at + (v * kPanels + p) * 64 + kAheadBytes, 0, 2);
           VIVACE_UNROLL
           for (int i = 0; i < kPlaces; ++i) {
             const int j = v + kPlaceBits * i;

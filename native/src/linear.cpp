@@ -1,4 +1,4 @@
-// Linear layers: cuts groups of matrices into work items, by shapes alone.
+// Linear layers: cuts groups of matrices into work items. No output depends on how.
 #include "linear.h"
 
 #include <algorithm>
@@ -15,11 +15,12 @@ namespace {
 constexpr int32_t kManyRows = 16;  // from here on, a matrix product; below, a stream of weights
 constexpr size_t kStreamItemBytes = 128 << 10;  // of W per item, where reading it is the cost
 constexpr size_t kPairedItemBytes = 640 << 10;  // the same of each of two parts: long runs are fast
-constexpr int32_t kPairedItems = 16;            // but at least so many
-constexpr int32_t kMaxBlockRows = 256;          // rows of x per item
-constexpr int32_t kItemOutputs = 48;            // rows of W per item, where arithmetic is the cost
-constexpr int32_t kItemCodes = 192;             // the same, of codes
-constexpr size_t kBlockBytes = 192 << 10;       // of x per item, beside codes: both stay in L2
+constexpr int32_t kPairedItems = 16, kPairedItemsPerThread = 4;  // but about so many at least
+constexpr int32_t kMaxBlockRows = 256;                           // rows of x per item
+constexpr int32_t kItemOutputs = 48;  // rows of W per item, where arithmetic is the cost
+constexpr int32_t kItemCodes = 192;   // the same, of codes
+static_assert(kItemCodes % (kPanels * kPanelOutputs) == 0, "items are whole units");
+constexpr size_t kBlockBytes = 192 << 10;  // of x per item, beside codes: both stay in L2
 
 struct Cut {
   int32_t item_rows, item_outputs;  // of x and of W per item
@@ -39,16 +40,17 @@ int32_t round_up(int32_t size, int32_t unit) {
 }
 
 // How a part is cut into work items.
-Cut cut(const LinearJob& job, const LinearPart& part) {
+Cut cut(const LinearJob& job, const LinearPart& part, int threads) {
   Cut cut;
   if (job.M < kManyRows) {
     // A multiple of what every kernel takes at once.
     const bool is_row_major = unit_outputs(part.format) == 1;
-    const int32_t tile = is_row_major ? (job.M <= 3 ? 8 : 6) : 4 * kPanelOutputs;
+    const int32_t tile = is_row_major ? (job.M <= 3 ? 8 : 6) : kPanels * kPanelOutputs;
     const size_t unit = unit_bytes(part.format, job.K);
     const size_t row = std::max<size_t>(1, unit / unit_outputs(part.format));
     const size_t most = job.is_paired ? kPairedItemBytes : kStreamItemBytes;
-    const int32_t limit = job.is_paired ? part.rows / kPairedItems : 4096;
+    const int32_t items = std::max(kPairedItems, kPairedItemsPerThread * threads);
+    const int32_t limit = job.is_paired ? part.rows / items : 4096;
     const auto outputs = std::min(static_cast<int32_t>(most / row), limit);
     cut.item_outputs = std::max(outputs / tile * tile, tile);
     cut.item_rows = std::max(job.M, 1);
@@ -74,9 +76,9 @@ size_t output_bytes(const LinearJob& job, const Cut& cut) {
   return (size * (job.is_paired ? 2 : 1) + 63) / 64 * 64;
 }
 
-int64_t num_items(const LinearJob& job) {
+int64_t num_items(const LinearJob& job, int threads) {
   int64_t items = 0;
-  for (int32_t i = 0; i < num_parts(job); ++i) items += cut(job, job.parts[i]).num_items();
+  for (int32_t i = 0; i < num_parts(job); ++i) items += cut(job, job.parts[i], threads).num_items();
   return items;
 }
 
@@ -111,15 +113,15 @@ void multiply(const Kernels& kernels, const LinearJob& job, const LinearPart& pa
     kernels.integer->multiply(format, work);
 }
 
-void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int thread,
+void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int threads, int thread,
               char* scratch) {
   int32_t index = 0;
   int64_t offset = 0;
-  Cut cuts = cut(job, job.parts[0]);
+  Cut cuts = cut(job, job.parts[0], threads);
   while (item >= cuts.num_items()) {
     item -= cuts.num_items();
     offset += job.parts[index].rows;
-    cuts = cut(job, job.parts[++index]);
+    cuts = cut(job, job.parts[++index], threads);
   }
   const LinearPart& part = job.parts[index];
   OutputRange range;
@@ -131,11 +133,11 @@ void run_item(const Kernels& kernels, const LinearJob& job, int64_t item, int th
   range.last_row = std::min(range.first_row + cuts.item_rows, job.M);
   if (job.y != nullptr) {
     range.y = job.y + range.first_row * job.ldy + offset + range.first;
-    range.paired = range.y + part.rows;
+    range.paired = job.is_paired ? range.y + part.rows : nullptr;
     range.stride = job.ldy;
   } else {
     range.y = reinterpret_cast<float*>(scratch);
-    range.paired = range.y + cuts.item_outputs;
+    range.paired = job.is_paired ? range.y + cuts.item_outputs : nullptr;
     range.stride = int64_t{cuts.item_outputs} * (job.is_paired ? 2 : 1);
     scratch += output_bytes(job, cuts);
   }
@@ -186,10 +188,12 @@ void linear(const Kernels& kernels, Pool& pool, LinearJob* jobs, int64_t num_job
   size_t scratch_size = 0;  // of a thread
   for (LinearJob* job = jobs; job != jobs + num_jobs; ++job) {
     job->first_item = items;
-    if (job->M > 0) items += num_items(*job);
-    for (const LinearPart* part = job->parts; part != job->parts + job->num_parts; ++part)
-      scratch_size = std::max(
-          scratch_size, output_bytes(*job, cut(*job, *part)) + scratch_bytes(part->format, job->K));
+    if (job->M > 0) items += num_items(*job, pool.threads());
+    for (const LinearPart* part = job->parts; part != job->parts + job->num_parts; ++part) {
+      const Cut cuts = cut(*job, job->is_paired ? job->parts[0] : *part, pool.threads());
+      scratch_size =
+          std::max(scratch_size, output_bytes(*job, cuts) + scratch_bytes(part->format, job->K));
+    }
   }
   thread_local Buffer<char> buffer;  // kept for the next call
   buffer.reserve(scratch_size * static_cast<size_t>(pool.threads()));
@@ -198,7 +202,7 @@ void linear(const Kernels& kernels, Pool& pool, LinearJob* jobs, int64_t num_job
     const LinearJob* next =
         std::upper_bound(jobs, jobs + num_jobs, item,
                          [](int64_t at, const LinearJob& job) { return at < job.first_item; });
-    run_item(kernels, next[-1], item - next[-1].first_item, thread,
+    run_item(kernels, next[-1], item - next[-1].first_item, pool.threads(), thread,
              scratch + scratch_size * static_cast<size_t>(thread));
   });
 }

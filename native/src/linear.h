@@ -22,7 +22,7 @@ struct LinearPart {
 
 // Outputs [first, last) of a part (of both parts, if they are paired) for rows [first_row,
 // last_row), at y of the first row and `stride` further with each row; the second part's at
-// `paired`.
+// `paired`, if there is one.
 struct OutputRange {
   int32_t part, first, last, first_row, last_row;
   float *y, *paired;
@@ -57,8 +57,8 @@ void linear(const Kernels& kernels, Pool& pool, LinearJob* jobs, int64_t num_job
 // Inputs of a row that are prepared alone: ranges of them start at multiples of it.
 constexpr int32_t kPreparedTogether = 128;
 
-// Prepares inputs [first, last) of one row for one kind: float32 [K] -> what kernels read,
-// input_bytes(input, K). Must run inside a FloatEnvironment.
+// Prepares inputs [first, last) of one row for one kind: float32 [last - first] -> what kernels
+// read, input_bytes(input, K). Must run inside a FloatEnvironment.
 void prepare_input(const Kernels& kernels, const InputFormat& input, int32_t K, int32_t first,
                    int32_t last, const float* row, void* out);
 

@@ -64,20 +64,22 @@ F32x16 round_to_f16(F32x16 x) {
   return load_f16(half);
 }
 
-void prepare(InputType type, int32_t first, int32_t K, const float* row, void* out) {
+void prepare(InputType type, int32_t first, int32_t last, const float* row, void* out) {
   int32_t k = first;
+  const auto left = [&] { return last - k; };
+  const auto x = [&] { return row + (k - first); };
   if (type == InputType::bfloat16) {
     auto* to = static_cast<uint16_t*>(out);
-    for (; k + 16 <= K; k += 16) store_bf16(to + k, load(row + k));
-    if (k < K) store_bf16(to + k, load_first(row + k, K - k)), k += 16;
+    for (; left() >= 16; k += 16) store_bf16(to + k, load(x()));
+    if (left() > 0) store_bf16(to + k, load_first(x(), left())), k += 16;
     if (k % 32 != 0) store_bf16(to + k, zero());
     return;
   }
   auto* to = static_cast<float*>(out);
   const bool rounds = type == InputType::float16;
-  for (; k < K; k += 16) {
-    F32x16 x = K - k < 16 ? load_first(row + k, K - k) : load(row + k);
-    store(to + k, rounds ? round_to_f16(x) : x);
+  for (; left() > 0; k += 16) {
+    const F32x16 value = left() < 16 ? load_first(x(), left()) : load(x());
+    store(to + k, rounds ? round_to_f16(value) : value);
   }
 }
 

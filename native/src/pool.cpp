@@ -154,7 +154,7 @@ struct Pool::State {
   explicit State(int threads) : shares(static_cast<size_t>(threads)) {}
   void start();
   void stop();
-  int64_t work(uint64_t number, int thread);
+  void work(uint64_t number, int thread);
   void run_worker(int thread);
   uint64_t await_job(uint64_t last);
 };
@@ -239,8 +239,8 @@ void Pool::State::stop() {
   for (std::thread& worker : workers) worker.join();
 }
 
-// Claims and runs items of `job` until none is left; returns how many it ran.
-int64_t Pool::State::work(uint64_t number, int thread) {
+// Claims and runs items of job `number` until none is left.
+void Pool::State::work(uint64_t number, int thread) {
   int64_t count = 0;
   for (size_t i = 0; i < shares.size(); ++i) {
     Share& share = shares[(static_cast<size_t>(thread) + i) % shares.size()];
@@ -253,9 +253,9 @@ int64_t Pool::State::work(uint64_t number, int thread) {
       seen = share.word.load(std::memory_order_acquire);
     }
   }
-  if (count > 0 && done.fetch_add(count, std::memory_order_acq_rel) + count == items)
-    done.notify_one();
-  return count;
+  if (count == 0) return;
+  const int64_t all = items;  // before the job can end
+  if (done.fetch_add(count, std::memory_order_acq_rel) + count == all) done.notify_one();
 }
 
 // The number of a job that is not `last`, or `last` when the pool stops.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 #include <string>
 
 #include "check.h"
@@ -13,9 +14,10 @@ namespace vivace {
 
 namespace {
 
-// Items of about ten microseconds; a step of few rows runs in the calling thread alone.
-constexpr int64_t kNormRows = 8;
-constexpr int64_t kMlpRows = 512;  // rows whose gates are held at a time
+constexpr int64_t kNormRows = 8;   // items of about ten microseconds
+constexpr int64_t kMlpRows = 512;  // rows whose inputs of an MLP's last linear are held at a time
+constexpr int32_t kMostAligned =
+    512;  // outputs of an item that ends between heads and between units
 
 [[noreturn]] void fail_not_finite(const char* what, int index) {
   throw NativeError(std::string("the ") + what + " of block " + std::to_string(index) +
@@ -321,8 +323,10 @@ void Program::project(const StepArrays& step, int index) {
   float* qkv = work_.data();
   std::atomic<bool> finite = true;
   LinearJob job = block.in.job(input_.data(), step.num_rows, qkv, width);
-  const bool has_whole_heads = std::ranges::all_of(
-      block.in.parts, [&](const LinearPart& part) { return part.rows % block.head_dim == 0; });
+  const bool has_whole_heads = std::lcm(block.head_dim, kPanels * kPanelOutputs) <= kMostAligned &&
+                               std::ranges::all_of(block.in.parts, [&](const LinearPart& part) {
+                                 return part.rows % block.head_dim == 0;
+                               });
   if (block.has_norm_of_heads() || !has_whole_heads) {
     vivace::linear(kernels_, *pool_, &job, 1);
     const int num_all = block.num_heads + 2 * block.num_kv_heads;
@@ -401,7 +405,7 @@ void Program::run_mlp(const StepArrays& step, const Block& block) {
         float* gate = range.y + at;
         kernels_.ops->activate(block.activation, gate, mlp.is_gated() ? range.paired + at : nullptr,
                                gate, range.last - range.first);
-        prepare_row(kernels_, mlp.down, range.first, range.last, gate - range.first,
+        prepare_row(kernels_, mlp.down, range.first, range.last, gate,
                     down_input_.data() + row * mlp.down.input.bytes);
       }
     };

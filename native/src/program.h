@@ -114,8 +114,8 @@ class Program {
 
   // Buffers of a step, kept for the next one.
   Buffer<float> hidden_;     // [rows, hidden]
-  Buffer<float> core_;       // [rows, hidden]: what a block adds
-  Buffer<float> work_;       // queries, keys, values and attention's result; or gates
+  Buffer<float> core_;       // [rows, hidden]: what a block adds, unless it does so at once
+  Buffer<float> work_;       // queries, keys, values and attention's result
   Buffer<float> stats_;      // [rows, num_heads, 2]
   Buffer<char> input_;       // prepared rows of a linear's input
   Buffer<char> down_input_;  // of an MLP's last linear, made while `input_` is read

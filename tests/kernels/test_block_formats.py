@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf_files import assert_same_bits, dequantized, random_blocks
-from native_cases import executor, llama
+from native_cases import executor, llama, run, sequence_of
 
 from vivace import _native
+from vivace.blocks import MlpBlock
 from vivace.errors import BadFile, InvalidOption, NativeError, UnsupportedModel
 from vivace.models.formats.block_tensor import BlockTensor
 from vivace.models.formats.ggml_types import TYPES
@@ -197,3 +198,27 @@ def test_the_native_executor_names_a_tensor_with_a_bad_scale():
     bad = dict(weights) | {embedding.name: BlockTensor(TYPES[8], raw)}
     with pytest.raises(BadFile, match=f"tensor '{embedding.name}' holds NaN or infinity"):
         executor(graph, bad)
+
+
+@pytest.mark.parametrize("is_gate_of_blocks", [False, True])
+def test_gates_may_be_stored_otherwise_than_what_they_open(is_gate_of_blocks: bool) -> None:
+    """Both are computed together, in one thread's scratch, which has to suffice for either."""
+    graph, weights = llama(hidden=1024, inner=1024, layers=1)
+    mlp = graph.blocks[1]
+    assert isinstance(mlp, MlpBlock)
+    blocks, plain = mlp.gate_up.parts if is_gate_of_blocks else mlp.gate_up.parts[::-1]
+    raw = random_blocks("Q6_K", *blocks.shape)
+    raw.reshape(-1, 210)[:, 208:] = np.float16(1e-4).reshape(1).view(np.uint8)
+    mixed: dict[str, Any] = dict(weights)
+    mixed[plain.name] = weights[plain.name].astype(np.float16)
+    mixed[blocks.name] = BlockTensor(TYPES[14], raw)
+    sequence = sequence_of(300, blocks=40)
+
+    def logits(threads: int, chunk: int) -> bytes:
+        made = executor(graph, mixed, weight_format="stored", blocks=40, threads=threads)
+        return run(made, sequence, chunk).tobytes()
+
+    alone = logits(1, 1)
+    for threads in (1, 2, 3):
+        for chunk in (15, 300):
+            assert logits(threads, chunk) == alone

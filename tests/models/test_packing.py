@@ -21,6 +21,7 @@ from vivace.blocks import matrix_roles
 from vivace.errors import BadFile, InvalidOption, UnsupportedModel
 from vivace.llm import weight_formats
 from vivace.models import weight_cache
+from vivace.models.formats.packed_file import HugePageWriter
 from vivace.models.gguf.export import export_gguf
 from vivace.models.loading import load_model
 from vivace.models.packing import packed_names, write_model
@@ -104,6 +105,22 @@ def test_the_file_is_safetensors_with_aligned_data(tmp_path) -> None:
     assert set(matrices) == set(packed_names(model.graph).values())
     with safe_open(path, "np") as other:
         assert set(other.keys()) == set(header) - {"__metadata__"}
+
+
+def test_files_are_written_in_whole_huge_pages() -> None:
+    pieces = []
+
+    class File:
+        def write(self, data: bytearray) -> None:
+            pieces.append(bytes(data))
+
+    writer = HugePageWriter(File())
+    data = np.random.default_rng(0).integers(0, 256, 5 * 2**20 + 17, np.uint8)
+    for first, last in ((0, 0), (0, 100), (100, 3 * 2**20), (3 * 2**20, len(data))):
+        writer.write(data[first:last].data)
+    writer.flush()
+    assert b"".join(pieces) == data.tobytes()
+    assert {len(piece) for piece in pieces[:-1]} == {2 * 2**20}
 
 
 def test_matrices_are_views_of_the_mapped_file(tmp_path) -> None:

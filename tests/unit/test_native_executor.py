@@ -200,6 +200,39 @@ def test_transposed_and_sliced_weights() -> None:
     assert bits(run(executor(other, weights | {"fused": fused}), sequence, 20)) == bits(plain)
 
 
+@pytest.mark.parametrize("length", [1, 20])
+def test_heads_finished_where_they_are_computed_have_the_same_bits(length: int) -> None:
+    """Where a part of QKV ends inside a head, rows are rotated and written after all of it."""
+    graph, weights = llama(layers=2)
+    blocks = list(graph.blocks)
+    for index, block in enumerate(blocks):
+        if not isinstance(block, AttentionBlock):
+            continue
+        q, k, v = block.qkv.parts
+        cut = block.head_dim // 2 + 1
+        first, rest = (cut, *q.shape[1:]), (q.shape[0] - cut, *q.shape[1:])
+        parts = (replace(q, shape=first), replace(q, shape=rest, first_row=cut), k, v)
+        qkv = LinearSpec(block.qkv.in_features, parts, (None,) * 4)
+        blocks[index] = replace(block, qkv=qkv)
+    other = replace(graph, blocks=tuple(blocks))
+    sequence = sequence_of(length)
+    plain = run(executor(graph, weights), sequence, length)
+    assert bits(run(executor(other, weights), sequence, length)) == bits(plain)
+
+
+@pytest.mark.parametrize("length", [1, 20])
+def test_what_is_added_at_once_has_the_same_bits(length: int) -> None:
+    """A block with a site keeps its result, calls the site, and is added afterwards."""
+    graph, weights = llama(layers=2)
+    native, sequence = executor(graph, weights), sequence_of(length)
+    plain = run(native, sequence, length)
+    seen: list[int] = []
+    for index in range(len(graph.blocks)):
+        native.set_site(index, lambda x: seen.append(len(x)))
+    assert bits(run(native, sequence, length)) == bits(plain)
+    assert len(seen) >= len(graph.blocks)
+
+
 # ---------------------------------------------------------------- axes that must not show
 
 

@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from vivace.models.formats.strict_json import parse_object
 from vivace.models.formats.unfinished import whole_file
 from vivace.techniques.weight_formats.base import Packed
 
-__all__ = ["PackedFile", "write_packed"]
+__all__ = ["HugePageWriter", "PackedFile", "write_packed"]
 
 # Of the file, of what kernels read and of how formats round: others are not read.
 _VERSION = 3
@@ -170,7 +170,7 @@ def _write(
     header = _Header(dtype, source)
     names = (*matrices, *others, _SUM)
     start = header.reserve(names)
-    data = _HugePageWriter(file)
+    data = HugePageWriter(file)
     data.write(memoryview(bytes(start)))
     late: list[tuple[str, Packed]] = []  # whose size would put what follows off its place
     for name, make in matrices.items():
@@ -195,13 +195,17 @@ def _write(
     file.write(struct.pack("<Q", total))
 
 
-class _HugePageWriter:
+class SupportsWrite(Protocol):
+    def write(self, data: bytearray, /) -> Any: ...
+
+
+class HugePageWriter:
     """Writes whole huge pages, from a file's start: systems that can then cache and map them so.
 
     Read at the memory's rate, small pages cost up to a third of it.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: SupportsWrite) -> None:
         self._file = file
         self._held = bytearray()
 
@@ -258,7 +262,8 @@ class _Header:
     def to_bytes(self, start: int) -> bytes:
         """Everything before `start`."""
         text = self._text().ljust(start - PREFIX_BYTES)
-        assert len(text) == start - PREFIX_BYTES, "more kernels than any model has"
+        if len(text) != start - PREFIX_BYTES:
+            raise ValueError("the header is longer than the room that was left for it")
         return struct.pack("<Q", len(text)) + text
 
     def _text(self) -> bytes:
