@@ -107,8 +107,9 @@ class LLM:
         self.max_context = _context(self.graph, max_context)
         self.model.check_files()
         formats = weight_formats(self.graph, self.plan)
+        packed = packed_weights(self.model, formats, cache_folder(weight_cache))
         executor = NativeExecutor(
-            *packed_weights(self.model, formats, cache_folder(weight_cache)),
+            *packed,
             self.plan.one("weight_formats"),
             self.plan.one("kv_stores"),
             role_formats=_role_formats(self.plan),
@@ -116,6 +117,8 @@ class LLM:
             isa=isa,
             max_positions=self.max_context,
         )
+        if packed[1] is not self.model.weights:
+            self.model.weights.release()  # norms and biases, which the executor has copied
         self.engine = Engine(
             executor,
             self.plan,

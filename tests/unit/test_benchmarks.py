@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,11 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
             Case(name, "4 bits", "vivace" if name == "ours" else "llama_cpp", "hf")
             for name in engines
         ]
-        chosen = tuple(decode for decode in peer_cases.DECODES if decode.name in decodes)
+        chosen = tuple(
+            replace(decode, cases=decode.cases and ("ours", "theirs"))
+            for decode in peer_cases.DECODES
+            if decode.name in decodes
+        )
         options = peers.Options(Path("none"), 2, ROUNDS, 1, chosen)
         model = next(iter(peer_cases.MODELS))
         results = {"threads": 2, "rounds": ROUNDS} | {
@@ -95,6 +100,14 @@ def test_rates_bytes_and_shares_are_of_what_a_step_reads(run: Any) -> None:
     shares = {name: values["median"] for name, values in case["share_of_read_floor"].items()}
     step = WEIGHT_BYTES / SECONDS / FLOOR
     assert shares == {"decode 1": step, "decode 4": step, "decode 1 at 16k": long / SECONDS / FLOOR}
+
+
+def test_a_decode_may_be_of_some_cases_only(run: Any) -> None:
+    cases = found_in(run(("decode 1", "decode 1 at 16k"), ours={}, other={}))["cases"]
+    assert "decode 1 at 16k" in cases["ours"]["tokens_per_second"]
+    for figures in ("tokens_per_second", "bytes_per_token", "share_of_read_floor"):
+        assert "decode 1 at 16k" not in cases["other"][figures]
+        assert "decode 1" in cases["other"][figures]
 
 
 @pytest.mark.parametrize(

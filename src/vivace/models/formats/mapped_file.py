@@ -29,6 +29,12 @@ class MappedFile:
         if hasattr(mmap, "MADV_DONTNEED"):
             self.data.madvise(mmap.MADV_DONTNEED)
 
+    def prefer_huge_pages(self) -> None:
+        """Where the system can: for files that are read whole, not here and there."""
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                self.data.madvise(mmap.MADV_HUGEPAGE)
+
 
 def map_file(path: Path, min_bytes: int, kind: str) -> MappedFile:
     """Map a regular file of at least `min_bytes` for reading; `kind` names what was expected.
@@ -47,8 +53,5 @@ def map_file(path: Path, min_bytes: int, kind: str) -> MappedFile:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise BadFile(f"{path}: cannot be read ({error.strerror}): check the file") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            data.madvise(mmap.MADV_HUGEPAGE)
     times = status.st_mtime_ns, status.st_ctime_ns
     return MappedFile(data, (os.path.realpath(path), status.st_size, *times))

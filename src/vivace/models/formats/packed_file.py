@@ -50,6 +50,7 @@ class PackedFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self._file = path, SafetensorsFile(path)
+        self._file.prefer_huge_pages()
         self.identities = self._file.identities
         metadata = self._file.metadata
         if not isinstance(metadata, dict) or metadata.get("format") != "vivace":

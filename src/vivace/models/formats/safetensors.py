@@ -89,6 +89,9 @@ class SafetensorsFile:
     def release(self) -> None:
         self._file.release()
 
+    def prefer_huge_pages(self) -> None:
+        self._file.prefer_huge_pages()
+
     def raw(self) -> np.ndarray:
         """All bytes of the file."""
         return np.frombuffer(self._file.data, np.uint8)
