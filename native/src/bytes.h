@@ -48,86 +48,61 @@ VIVACE_INLINE void store_bytes(void* p, Bytes64 x) {
   __builtin_memcpy(p, &x, 64);
 }
 
-// (x >> kShift) & kMask in every byte.
-template <int kShift, int kMask>
-VIVACE_INLINE Bytes64 bits_at(Bytes64 x) {
-#if VIVACE_LEVEL >= 2
-  if constexpr (kShift > 0) x.v = _mm512_srli_epi16(x.v, kShift);
-  return {_mm512_and_si512(x.v, _mm512_set1_epi8(kMask))};
-#elif VIVACE_LEVEL == 1
-  const __m256i mask = _mm256_set1_epi8(kMask);
-  if constexpr (kShift > 0) {
-    x.lo = _mm256_srli_epi16(x.lo, kShift);
-    x.hi = _mm256_srli_epi16(x.hi, kShift);
-  }
-  return {_mm256_and_si256(x.lo, mask), _mm256_and_si256(x.hi, mask)};
+// f of each vector that x is made of, and of those of others.
+template <class F, class... Others>
+VIVACE_INLINE Bytes64 each_vector(F f, Bytes64 x, Others... others) {
+#if VIVACE_LEVEL == 1
+  return {f(x.lo, others.lo...), f(x.hi, others.hi...)};
 #else
-  return {(x.v >> kShift) & static_cast<uint8_t>(kMask)};
+  return {f(x.v, others.v...)};
 #endif
 }
 
-#if VIVACE_LEVEL >= 3
-VIVACE_INLINE Bytes64 masked(Bytes64 x, int mask) {
-  return {_mm512_and_si512(x.v, _mm512_set1_epi8(static_cast<char>(mask)))};
+// Bytes as words of 16 bits, which can be shifted: what then comes from a neighbour is masked.
+template <class Vector>
+struct WordsOf {
+  typedef uint16_t Type __attribute__((vector_size(sizeof(Vector))));
+};
+template <class Vector>
+VIVACE_INLINE auto words_of(Vector x) {
+  return reinterpret_cast<typename WordsOf<Vector>::Type>(x);
 }
-// (x >> count) & mask in every byte.
-VIVACE_INLINE Bytes64 shifted(Bytes64 x, int count, int mask) {
-  return masked({reinterpret_cast<__m512i>(reinterpret_cast<__v32hu>(x.v) >> count)}, mask);
+
+// (x >> shift) & mask in every byte.
+VIVACE_INLINE Bytes64 bits_at(Bytes64 x, int shift, int mask) {
+  const auto both = static_cast<uint16_t>(mask * 0x101);
+  return each_vector(
+      [=](auto v) { return reinterpret_cast<decltype(v)>((words_of(v) >> shift) & both); }, x);
 }
+
 // x | ((bits >> from) & 1) << to in every byte.
-VIVACE_INLINE Bytes64 with_bit(Bytes64 x, Bytes64 bits, int from, int to) {
-  const auto words = reinterpret_cast<__v32hu>(bits.v);
-  const auto moved =
-      reinterpret_cast<__m512i>(from < to ? words << (to - from) : words >> (from - to));
-  return {
-      _mm512_ternarylogic_epi32(x.v, moved, _mm512_set1_epi8(static_cast<char>(1 << to)), 0xf8)};
-}
-#endif
-
-// x | ((bits >> kFrom) & 1) << kTo in every byte.
-template <int kFrom, int kTo>
-VIVACE_INLINE Bytes64 or_bit(Bytes64 x, Bytes64 bits) {
-#if VIVACE_LEVEL >= 2
-  __m512i moved = bits.v;
-  if constexpr (kFrom < kTo) moved = _mm512_slli_epi16(moved, kTo - kFrom);
-  if constexpr (kFrom > kTo) moved = _mm512_srli_epi16(moved, kFrom - kTo);
-  return {_mm512_ternarylogic_epi32(x.v, moved, _mm512_set1_epi8(1 << kTo), 0xf8)};
-#elif VIVACE_LEVEL == 1
-  const __m256i mask = _mm256_set1_epi8(1 << kTo);
-  const auto move = [&](__m256i v) {
-    if constexpr (kFrom < kTo) v = _mm256_slli_epi16(v, kTo - kFrom);
-    if constexpr (kFrom > kTo) v = _mm256_srli_epi16(v, kFrom - kTo);
-    return _mm256_and_si256(v, mask);
-  };
-  return {_mm256_or_si256(x.lo, move(bits.lo)), _mm256_or_si256(x.hi, move(bits.hi))};
-#else
-  return {x.v | ((bits.v >> kFrom) & 1) << kTo};
-#endif
+VIVACE_INLINE Bytes64 or_bit(Bytes64 x, Bytes64 bits, int from, int to) {
+  const auto both = static_cast<uint16_t>((1 << to) * 0x101);
+  return each_vector(
+      [=](auto v, auto other) {
+        const auto words = words_of(other);
+        const auto moved = from < to ? words << (to - from) : words >> (from - to);
+        return reinterpret_cast<decltype(v)>(words_of(v) | (moved & both));
+      },
+      x, bits);
 }
 
-// x | (bits << kShift), bytes that do not overlap.
-template <int kShift>
-VIVACE_INLINE Bytes64 or_shifted(Bytes64 x, Bytes64 bits) {
-#if VIVACE_LEVEL >= 2
-  return {_mm512_or_si512(x.v, _mm512_slli_epi16(bits.v, kShift))};
-#elif VIVACE_LEVEL == 1
-  return {_mm256_or_si256(x.lo, _mm256_slli_epi16(bits.lo, kShift)),
-          _mm256_or_si256(x.hi, _mm256_slli_epi16(bits.hi, kShift))};
-#else
-  return {x.v | bits.v << kShift};
-#endif
+// x | bits << shift in every byte, where these do not overlap.
+VIVACE_INLINE Bytes64 or_shifted(Bytes64 x, Bytes64 bits, int shift) {
+  return each_vector(
+      [=](auto v, auto other) {
+        return reinterpret_cast<decltype(v)>(words_of(v) | words_of(other) << shift);
+      },
+      x, bits);
 }
 
 // Signed bytes plus 128, as unsigned ones.
 VIVACE_INLINE Bytes64 to_unsigned(Bytes64 x) {
-#if VIVACE_LEVEL >= 2
-  return {_mm512_xor_si512(x.v, _mm512_set1_epi8(-128))};
-#elif VIVACE_LEVEL == 1
-  const __m256i high = _mm256_set1_epi8(-128);
-  return {_mm256_xor_si256(x.lo, high), _mm256_xor_si256(x.hi, high)};
-#else
-  return {x.v ^ static_cast<uint8_t>(128)};
-#endif
+  return each_vector(
+      [](auto v) {
+        return reinterpret_cast<decltype(v)>(words_of(v) ^ static_cast<uint16_t>(0x8080));
+      },
+      x);
 }
 
 // 16 bytes of each of 16 rows, transposed: lane r of out[j] holds bytes 4 j .. 4 j + 3 of row r.
@@ -213,12 +188,6 @@ VIVACE_INLINE I32x16 shift_left(I32x16 a) {
   return {a.v << kShift};
 #endif
 }
-
-#if VIVACE_LEVEL >= 3
-VIVACE_INLINE I32x16 shift_right(I32x16 a, int count) {
-  return {reinterpret_cast<__m512i>(reinterpret_cast<__v16si>(a.v) >> count)};
-}
-#endif
 
 // 16 bytes as whole numbers.
 VIVACE_INLINE I32x16 load_u8(const uint8_t* p) {
@@ -311,6 +280,12 @@ VIVACE_INLINE F32x16 low_halves(Bytes64 x, bool high) {
 
 // ---------------------------------------------------------------- products
 
+VIVACE_INLINE int32_t four_bytes(const int8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return four;
+}
+
 #if VIVACE_LEVEL == 1 || VIVACE_LEVEL == 2
 #if VIVACE_LEVEL == 2
 using Lanes = __m512i;
@@ -320,80 +295,125 @@ using Lanes = __m256i;
 #define VIVACE_M(name) _mm256_##name
 #endif
 
-// Pairs of products are added in 16 bits as far as they fit: kMaxCode * 127 * 2 * chain < 2^15;
-// larger codes are taken apart into halves.
-template <int kCount, int kMaxCode>
-VIVACE_INLINE Lanes dot_pairs(Lanes sum, const Lanes* codes, const int8_t* x) {
-  const auto input = [&](int j) {
-    int32_t four;
-    __builtin_memcpy(&four, x + 4 * j, 4);
-    return VIVACE_M(set1_epi32)(four);
-  };
-  const auto take = [&](Lanes pairs, int16_t weight) {
-    sum = VIVACE_M(add_epi32)(sum, VIVACE_M(madd_epi16)(pairs, VIVACE_M(set1_epi16)(weight)));
-  };
-  if constexpr (kMaxCode <= 63) {
-    constexpr int kChain = kMaxCode <= 15 ? 8 : kMaxCode <= 31 ? 4 : 2;
-    VIVACE_UNROLL
-    for (int first = 0; first < kCount; first += kChain) {
-      Lanes pairs = VIVACE_M(maddubs_epi16)(codes[first], input(first));
-      for (int j = first + 1; j < first + kChain && j < kCount; ++j)
-        pairs = VIVACE_M(add_epi16)(pairs, VIVACE_M(maddubs_epi16)(codes[j], input(j)));
-      take(pairs, 1);
+// Sums of pairs of products in 16 bits, which hold kTerms of them: kMaxCode * 127 * 2 * kTerms <
+// 2^15. Larger codes are taken apart into halves.
+template <int kMaxCode>
+struct PairSums {
+  static constexpr bool kHasHalves = kMaxCode > 63;
+  static constexpr int kTerms = kHasHalves || kMaxCode <= 15 ? 8 : kMaxCode <= 31 ? 4 : 2;
+  Lanes low = VIVACE_M(set1_epi8)(0), high = low;
+
+  VIVACE_MEMBER void take(Lanes codes, Lanes x) {
+    if constexpr (kHasHalves) {
+      const Lanes mask = VIVACE_M(set1_epi8)(15);
+      add(low, codes & mask, x);
+      add(high, VIVACE_M(srli_epi16)(codes, 4) & mask, x);
+    } else {
+      add(low, codes, x);
     }
-  } else {
-    const Lanes mask = VIVACE_M(set1_epi8)(15);
-    Lanes low = VIVACE_M(set1_epi8)(0), high = low;
-    VIVACE_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      const Lanes lower = codes[j] & mask, upper = VIVACE_M(srli_epi16)(codes[j], 4) & mask;
-      low = VIVACE_M(add_epi16)(low, VIVACE_M(maddubs_epi16)(lower, input(j)));
-      high = VIVACE_M(add_epi16)(high, VIVACE_M(maddubs_epi16)(upper, input(j)));
-    }
-    take(low, 1);
-    take(high, 16);
   }
-  return sum;
+  VIVACE_MEMBER Lanes plus(Lanes sum) const {
+    sum = VIVACE_M(add_epi32)(sum, VIVACE_M(madd_epi16)(low, VIVACE_M(set1_epi16)(1)));
+    if constexpr (kHasHalves)
+      sum = VIVACE_M(add_epi32)(sum, VIVACE_M(madd_epi16)(high, VIVACE_M(set1_epi16)(16)));
+    return sum;
+  }
+
+ private:
+  VIVACE_MEMBER static void add(Lanes& sum, Lanes codes, Lanes x) {
+    sum = VIVACE_M(add_epi16)(sum, VIVACE_M(maddubs_epi16)(codes, x));
+    __asm__("" : "+x"(sum));  // in this order: else all products are made first, and kept in memory
+  }
+};
+
+#if VIVACE_LEVEL == 2
+VIVACE_INLINE Lanes& lanes_of(I32x16& x, int) {
+  return x.v;
+}
+VIVACE_INLINE Lanes lanes_of(const Bytes64& x, int) {
+  return x.v;
+}
+#else
+VIVACE_INLINE Lanes& lanes_of(I32x16& x, int half) {
+  return half == 0 ? x.lo : x.hi;
+}
+VIVACE_INLINE Lanes lanes_of(const Bytes64& x, int half) {
+  return half == 0 ? x.lo : x.hi;
+}
+#endif
+
+// dot() for lanes [kFrom, kTo).
+template <int T, int kCount, int kMaxCode, int kFrom, int kTo, class Codes, class Input>
+VIVACE_INLINE void dot_lanes(I32x16* sums, Codes codes, Input input) {
+  using Sums16 = PairSums<kMaxCode>;
+  static_assert(kCount % Sums16::kTerms == 0 || kCount < Sums16::kTerms);
+  constexpr int kTerms = kCount < Sums16::kTerms ? kCount : Sums16::kTerms;
+  VIVACE_UNROLL
+  for (int first = 0; first < kCount; first += kTerms) {
+    Sums16 pairs[T][kTo - kFrom];
+    VIVACE_UNROLL
+    for (int i = 0; i < kTerms; ++i) {
+      const int j = first + i;
+      const Bytes64 code = codes(j);
+      VIVACE_UNROLL
+      for (int r = 0; r < T; ++r) {
+        const Lanes x = VIVACE_M(set1_epi32)(four_bytes(input(r) + 4 * j));
+        VIVACE_UNROLL
+        for (int h = kFrom; h < kTo; ++h) pairs[r][h - kFrom].take(lanes_of(code, h), x);
+      }
+    }
+    VIVACE_UNROLL
+    for (int r = 0; r < T; ++r) VIVACE_UNROLL
+    for (int h = kFrom; h < kTo; ++h) {
+      Lanes& sum = lanes_of(sums[r], h);
+      sum = pairs[r][h - kFrom].plus(sum);
+    }
+  }
 }
 #undef VIVACE_M
 #endif
 
-// sums[r] + codes[j] . x[4 j .. 4 j + 3] over kCount vectors, where x = input(r), for T rows; lanes
-// are outputs. No code is above kMaxCode, inputs are -127..127.
-template <int T, int kCount, int kMaxCode, class Input>
-VIVACE_INLINE void dot(I32x16* sums, const Bytes64* codes, Input input) {
 #if VIVACE_LEVEL >= 3
+VIVACE_INLINE I32x16 shift_right(I32x16 a, int count) {
+  return {reinterpret_cast<__m512i>(reinterpret_cast<__v16si>(a.v) >> count)};
+}
+
+// sum + codes . x[0 .. 3].
+VIVACE_INLINE I32x16 dot_bytes(I32x16 sum, Bytes64 codes, const int8_t* x) {
+  return {_mm512_dpbusd_epi32(sum.v, codes.v, _mm512_set1_epi32(four_bytes(x)))};
+}
+#endif
+
+// sums[r] + codes(j) . x[4 j .. 4 j + 3] over kCount vectors, where x = input(r), for T rows; lanes
+// are outputs. No code is above kMaxCode, inputs are -127..127.
+template <int T, int kCount, int kMaxCode, class Codes, class Input>
+VIVACE_INLINE void dot(I32x16* sums, Codes codes, Input input) {
+#if VIVACE_LEVEL >= 3
+  Bytes64 all[kCount];
   VIVACE_UNROLL
-  for (int r = 0; r < T; ++r) {
-    const int8_t* x = input(r);
-    VIVACE_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      int32_t four;
-      __builtin_memcpy(&four, x + 4 * j, 4);
-      sums[r].v = _mm512_dpbusd_epi32(sums[r].v, codes[j].v, _mm512_set1_epi32(four));
+  for (int j = 0; j < kCount; ++j) all[j] = codes(j);
+  VIVACE_UNROLL
+  for (int r = 0; r < T; ++r) VIVACE_UNROLL
+  for (int j = 0; j < kCount; ++j)
+    sums[r] = dot_bytes(sums[r], all[j], input(r) + 4 * j);
+#elif VIVACE_LEVEL == 2
+  dot_lanes<T, kCount, kMaxCode, 0, 1>(sums, codes, input);
+#elif VIVACE_LEVEL == 1
+  if constexpr (PairSums<kMaxCode>::kHasHalves) {  // else there are too few registers
+    dot_lanes<T, kCount, kMaxCode, 0, 1>(sums, codes, input);
+    dot_lanes<T, kCount, kMaxCode, 1, 2>(sums, codes, input);
+  } else {
+    dot_lanes<T, kCount, kMaxCode, 0, 2>(sums, codes, input);
+  }
+#else
+  for (int j = 0; j < kCount; ++j) {
+    const Bytes64 code = codes(j);
+    for (int i = 0; i < 4; ++i) {
+      Int16Lanes lanes;
+      for (int o = 0; o < 16; ++o) lanes[o] = code.v[4 * o + i];
+      for (int r = 0; r < T; ++r) sums[r].v += lanes * input(r)[4 * j + i];
     }
   }
-#elif VIVACE_LEVEL == 2
-  Lanes lanes[kCount];
-  for (int j = 0; j < kCount; ++j) lanes[j] = codes[j].v;
-  VIVACE_UNROLL
-  for (int r = 0; r < T; ++r) sums[r].v = dot_pairs<kCount, kMaxCode>(sums[r].v, lanes, input(r));
-#elif VIVACE_LEVEL == 1
-  Lanes half[kCount];  // eight outputs at a time: their codes fit the registers
-  for (int j = 0; j < kCount; ++j) half[j] = codes[j].lo;
-  VIVACE_UNROLL
-  for (int r = 0; r < T; ++r) sums[r].lo = dot_pairs<kCount, kMaxCode>(sums[r].lo, half, input(r));
-  for (int j = 0; j < kCount; ++j) half[j] = codes[j].hi;
-  VIVACE_UNROLL
-  for (int r = 0; r < T; ++r) sums[r].hi = dot_pairs<kCount, kMaxCode>(sums[r].hi, half, input(r));
-#else
-  for (int r = 0; r < T; ++r)
-    for (int j = 0; j < kCount; ++j)
-      for (int i = 0; i < 4; ++i) {
-        Int16Lanes code;
-        for (int o = 0; o < 16; ++o) code[o] = codes[j].v[4 * o + i];
-        sums[r].v += code * input(r)[4 * j + i];
-      }
 #endif
 }
 

@@ -12,152 +12,128 @@ namespace {
 
 // Rows that share unpacked codes, by the registers there are.
 constexpr int kTileRows = VIVACE_LEVEL >= 2 ? 8 : 4;
-// Up to kWideRows rows meet all panels of a unit at once, in the order in which memory has them.
-constexpr int kWideRows = 4;
-constexpr int kUnitTileRows = 32;  // from here on reading the weights costs little
+// So many rows meet all panels of a unit at once, in the order in which memory has them.
+constexpr int kWideRows = VIVACE_LEVEL == 1 ? 3 : 4;
+
+// From how many rows on units are the faster tiles for more of them too: at once where there are
+// few registers, and for many where sums seldom become floats.
+int unit_rows(const Format& format) {
+  if (VIVACE_LEVEL == 1) return 0;
+  if (VIVACE_LEVEL < 3 || format.input.group == kStepInputs) return INT32_MAX;
+  return format.bits == 2 ? 0 : 32;
+}
 
 // ---------------------------------------------------------------- tiles
 
 constexpr int kUnpackTiles = 3;  // of rows, from which on blocks are taken apart once
 
-// T rows of inputs times P panels, one after the other within each step.
-template <class Source, int T, int P>
-[[gnu::noinline]] void multiply_tile(const Source* panels, const Tile& tile) {
-  Source sources[P];
-  F32x16 acc[P][T];
+// T rows of inputs times a panel.
+template <class Source, int T>
+[[gnu::noinline]] void multiply_tile(Source source, const Tile& tile) {
+  F32x16 acc[T];
   VIVACE_UNROLL
-  for (int p = 0; p < P; ++p) {
-    sources[p] = panels[p];
-    VIVACE_UNROLL
-    for (int r = 0; r < T; ++r) acc[p][r] = zero();
-  }
+  for (int r = 0; r < T; ++r) acc[r] = zero();
   TileRows rows(tile);
   const int num_steps = (tile.K + kStepInputs - 1) / kStepInputs;
   Ahead ahead = tile.ahead;
   if (!tile.is_first) ahead.per_step = 0;
-  const auto start = [&](int p, int r, int group) {
-    return sources[p].start(group, set1_i32(rows.scale(r, group).offset));
+  const auto begin = [&](int step) {
+    rows.template forget<T>();
+    ahead.advance();
+    source.begin(step);
   };
-  const auto join = [&](int p, int r, I32x16 sum, int group, F32x16 scale) {
-    acc[p][r] = fma(to_float(sum), mul(scale, set1(rows.scale(r, group).scale)), acc[p][r]);
+  const auto start = [&](I32x16* sums, int group) {
+    VIVACE_UNROLL
+    for (int r = 0; r < T; ++r)
+      sums[r] = source.start(group, set1_i32(rows.scale(r, group).offset));
   };
-  Bytes64 codes[8];
-  if constexpr (Source::kGroup == 16) {
-    for (int step = 0; step < num_steps; ++step) {
-      rows.template forget<T>();
-      ahead.advance();
-      VIVACE_UNROLL
-      for (int p = 0; p < P; ++p) {
-        sources[p].unpack(step, codes);
-        VIVACE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int group = 2 * step + half;
-          const F32x16 scale = sources[p].scale(group);
-          I32x16 sums[T];
-          VIVACE_UNROLL
-          for (int r = 0; r < T; ++r) sums[r] = start(p, r, group);
-          dot<T, 4, Source::kMaxCode>(sums, codes + 4 * half,
-                                      [&](int r) { return rows.input(r, step) + 16 * half; });
-          VIVACE_UNROLL
-          for (int r = 0; r < T; ++r) join(p, r, sums[r], group, scale);
-        }
-      }
-    }
-  } else if (Source::kGroup == 32 || tile.input_group == 32) {
-    for (int step = 0; step < num_steps; ++step) {
-      rows.template forget<T>();
-      ahead.advance();
-      VIVACE_UNROLL
-      for (int p = 0; p < P; ++p) {
-        sources[p].unpack(step, codes);
-        const F32x16 scale = sources[p].scale(step);
-        [[maybe_unused]] const F32x16 minimum = sources[p].minimum(step);
-        I32x16 sums[T];
-        VIVACE_UNROLL
-        for (int r = 0; r < T; ++r) sums[r] = start(p, r, step);
-        dot<T, 8, Source::kMaxCode>(sums, codes, [&](int r) { return rows.input(r, step); });
-        VIVACE_UNROLL
-        for (int r = 0; r < T; ++r) {
-          join(p, r, sums[r], step, scale);
-          if constexpr (Source::kHasMinimum)
-            acc[p][r] = fma(minimum, set1(rows.product(r, step)), acc[p][r]);
-        }
-      }
-    }
-  } else {
-    const int steps_per_group = tile.input_group / kStepInputs;
-    for (int step = 0, group = 0; step < num_steps; ++group) {
-      I32x16 sums[P][T];
-      VIVACE_UNROLL
-      for (int p = 0; p < P; ++p) VIVACE_UNROLL
-      for (int r = 0; r < T; ++r) sums[p][r] = start(p, r, group);
-      const int end = step + steps_per_group < num_steps ? step + steps_per_group : num_steps;
-      for (; step < end; ++step) {
-        rows.template forget<T>();
-        ahead.advance();
-        VIVACE_UNROLL
-        for (int p = 0; p < P; ++p) {
-          sources[p].unpack(step, codes);
-          dot<T, 8, Source::kMaxCode>(sums[p], codes, [&](int r) { return rows.input(r, step); });
-        }
-      }
-      VIVACE_UNROLL
-      for (int p = 0; p < P; ++p) {
-        const F32x16 scale = sources[p].scale(group);
-        VIVACE_UNROLL
-        for (int r = 0; r < T; ++r) join(p, r, sums[p][r], group, scale);
-      }
-    }
-  }
-  VIVACE_UNROLL
-  for (int p = 0; p < P; ++p) {
-    const F32x16 row_scale = sources[p].row_scale();
-    const int outputs = tile.outputs - p * kPanelOutputs < kPanelOutputs
-                            ? tile.outputs - p * kPanelOutputs
-                            : kPanelOutputs;
-    const float* own = tile.bias == nullptr ? nullptr : tile.bias + p * kPanelOutputs;
-    const F32x16 bias = own == nullptr ? zero() : load_first(own, outputs);
+  const auto join = [&](const I32x16* sums, int group) {
+    const F32x16 scale = source.scale(group);
+    [[maybe_unused]] const F32x16 minimum = source.minimum(group);
     VIVACE_UNROLL
     for (int r = 0; r < T; ++r) {
-      F32x16 out = mul(acc[p][r], row_scale);
-      if (own != nullptr) out = add(out, bias);
-      float* y = tile.y + r * tile.ldy + p * kPanelOutputs;
-      if (outputs == kPanelOutputs)
-        store(y, out);
-      else
-        store_first(y, out, outputs);
+      acc[r] = fma(to_float(sums[r]), mul(scale, set1(rows.scale(r, group).scale)), acc[r]);
+      if constexpr (Source::kHasMinimum)
+        acc[r] = fma(minimum, set1(rows.product(r, group)), acc[r]);
     }
+  };
+  const auto multiply = [&]<int kFrom, int kCount>(I32x16* sums, int step) {
+    dot<T, kCount, Source::kMaxCode>(
+        sums, [&](int j) { return source.code(kFrom + j); },
+        [&](int r) { return rows.input(r, step) + 4 * kFrom; });
+  };
+  const int steps_per_group = tile.input_group / kStepInputs;
+  I32x16 sums[T];
+  if constexpr (Source::kGroup == 16) {
+    for (int step = 0; step < num_steps; ++step) {
+      begin(step);
+      start(sums, 2 * step);
+      multiply.template operator()<0, 4>(sums, step);
+      join(sums, 2 * step);
+      start(sums, 2 * step + 1);
+      multiply.template operator()<4, 4>(sums, step);
+      join(sums, 2 * step + 1);
+    }
+  } else if (Source::kGroup == 32 || steps_per_group == 1) {
+    for (int step = 0; step < num_steps; ++step) {
+      begin(step);
+      start(sums, step);
+      multiply.template operator()<0, 8>(sums, step);
+      join(sums, step);
+    }
+  } else {
+    for (int step = 0, group = 0; step < num_steps; ++group) {
+      start(sums, group);
+      const int end = step + steps_per_group < num_steps ? step + steps_per_group : num_steps;
+      for (; step < end; ++step) {
+        begin(step);
+        multiply.template operator()<0, 8>(sums, step);
+      }
+      join(sums, group);
+    }
+  }
+  const F32x16 row_scale = source.row_scale();
+  const int outputs = tile.outputs < kPanelOutputs ? tile.outputs : kPanelOutputs;
+  const F32x16 bias = tile.bias == nullptr ? zero() : load_first(tile.bias, outputs);
+  VIVACE_UNROLL
+  for (int r = 0; r < T; ++r) {
+    F32x16 out = mul(acc[r], row_scale);
+    if (tile.bias != nullptr) out = add(out, bias);
+    float* y = tile.y + r * tile.ldy;
+    if (outputs == kPanelOutputs)
+      store(y, out);
+    else
+      store_first(y, out, outputs);
   }
 }
 
 template <class Source>
-void multiply_rows(int T, const Source* panel, const Tile& tile) {
+void multiply_rows(int T, const Source& source, const Tile& tile) {
   switch (T) {
 #if VIVACE_LEVEL >= 2
     case 8:
-      return multiply_tile<Source, 8, 1>(panel, tile);
+      return multiply_tile<Source, 8>(source, tile);
     case 7:
-      return multiply_tile<Source, 7, 1>(panel, tile);
+      return multiply_tile<Source, 7>(source, tile);
     case 6:
-      return multiply_tile<Source, 6, 1>(panel, tile);
+      return multiply_tile<Source, 6>(source, tile);
     case 5:
-      return multiply_tile<Source, 5, 1>(panel, tile);
+      return multiply_tile<Source, 5>(source, tile);
 #endif
     case 4:
-      return multiply_tile<Source, 4, 1>(panel, tile);
+      return multiply_tile<Source, 4>(source, tile);
     case 3:
-      return multiply_tile<Source, 3, 1>(panel, tile);
+      return multiply_tile<Source, 3>(source, tile);
     case 2:
-      return multiply_tile<Source, 2, 1>(panel, tile);
+      return multiply_tile<Source, 2>(source, tile);
     default:
-      return multiply_tile<Source, 1, 1>(panel, tile);
+      return multiply_tile<Source, 1>(source, tile);
   }
 }
 
 // Up to kWideRows rows times a unit of codes.
 template <int kBits>
 void multiply_wide(int T, const Format& format, const void* unit, const Tile& tile) {
-#if VIVACE_LEVEL >= 3
   switch (T) {
     case 4:
       return multiply_unit<kBits, 4>(format, unit, tile);
@@ -168,20 +144,6 @@ void multiply_wide(int T, const Format& format, const void* unit, const Tile& ti
     default:
       return multiply_unit<kBits, 1>(format, unit, tile);
   }
-#else
-  Panels<kBits> panels[kPanels];
-  for (int p = 0; p < kPanels; ++p) panels[p] = Panels<kBits>(format, tile.K, unit, p);
-  switch (T) {
-    case 4:
-      return multiply_tile<Panels<kBits>, 4, kPanels>(panels, tile);
-    case 3:
-      return multiply_tile<Panels<kBits>, 3, kPanels>(panels, tile);
-    case 2:
-      return multiply_tile<Panels<kBits>, 2, kPanels>(panels, tile);
-    default:
-      return multiply_tile<Panels<kBits>, 1, kPanels>(panels, tile);
-  }
-#endif
 }
 
 // Calls f(rows) for each of a number of tiles that share an item's rows evenly, `tile` being that
@@ -229,9 +191,7 @@ void multiply_as(const Format& format, const LinearItem& item) {
   };
   int n = 0;
   if constexpr (Source::kGroup == 0) {
-    // Where sums seldom become floats, units are the faster tiles for many rows too.
-    const bool is_seldom = VIVACE_LEVEL >= 3 && format.input.group > kStepInputs;
-    if (item.M <= kWideRows || (is_seldom && item.M >= kUnitTileRows)) {
+    if (item.M <= kWideRows || item.M >= unit_rows(format)) {
       for (; n + kUnitOutputs <= item.rows; n += kUnitOutputs) {
         aim(n, kPanels);
         for_row_tiles(item, (item.M + kWideRows - 1) / kWideRows, tile, [&](int count) {
@@ -246,11 +206,11 @@ void multiply_as(const Format& format, const LinearItem& item) {
     if constexpr (Source::kGroup != 0) {
       if (tiles >= kUnpackTiles) {
         const Unpacked<Source> unpacked(source, item.K, item.scratch);
-        for_row_tiles(item, tiles, tile, [&](int count) { multiply_rows(count, &unpacked, tile); });
+        for_row_tiles(item, tiles, tile, [&](int count) { multiply_rows(count, unpacked, tile); });
         continue;
       }
     }
-    for_row_tiles(item, tiles, tile, [&](int count) { multiply_rows(count, &source, tile); });
+    for_row_tiles(item, tiles, tile, [&](int count) { multiply_rows(count, source, tile); });
   }
 }
 
@@ -311,12 +271,11 @@ void read_row(const Format& format, int32_t K, const void* unit, int output, flo
     store(lanes, source.row_scale());
     return lanes[output];
   }();
-  Bytes64 codes[8];
   for (int32_t k = 0; k < K; k += 16) {
     uint8_t bytes[4][64];
     const int step = k / kStepInputs, first = k % kStepInputs / 4;
-    if (first == 0) source.unpack(step, codes);
-    for (int j = 0; j < 4; ++j) store_bytes(bytes[j], codes[first + j]);
+    if (first == 0) source.begin(step);
+    for (int j = 0; j < 4; ++j) store_bytes(bytes[j], source.code(first + j));
     const int group = Source::kGroup != 0 ? k / Source::kGroup
                       : format.group != 0 ? k / format.group
                                           : 0;
@@ -349,14 +308,12 @@ double peak(int64_t rounds) {
   int8_t four[32];
   for (int i = 0; i < 64; ++i) raw[i] = 3;
   for (int i = 0; i < 32; ++i) four[i] = 1;
-  Bytes64 codes[8];
-  for (Bytes64& vector : codes) vector = load_bytes(raw);
+  const Bytes64 codes = load_bytes(raw);
   I32x16 sums[kChains];
   VIVACE_UNROLL
   for (int i = 0; i < kChains; ++i) sums[i] = set1_i32(i);
   for (int64_t round = 0; round < rounds; ++round) {
-    VIVACE_UNROLL
-    for (int i = 0; i < kChains; ++i) dot<1, 8, 15>(sums + i, codes, [&](int) { return four; });
+    dot<kChains, 8, 15>(sums, [&](int) { return codes; }, [&](int) { return four; });
     __asm__ volatile("" : : : "memory");
   }
   int32_t total = 0;

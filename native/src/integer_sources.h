@@ -1,7 +1,7 @@
 // Where kernels of whole numbers take a matrix's codes and scales from.
 //
-// A source is one panel: 16 outputs. It gives the codes of 32 inputs as eight vectors, and what
-// turns sums of them into weights: stored zeros, scales, and for some a minimum. `kGroup`: inputs
+// A source is one panel: 16 outputs. It gives the codes of 32 inputs, a step, as eight vectors, one
+// at a time, and what turns sums of them into weights: stored zeros, scales, and for some a minimum. `kGroup`: inputs
 // per scale, 0 if that is known at run time only (a multiple of 32, or the row).
 #pragma once
 
@@ -26,6 +26,23 @@ VIVACE_INLINE F32x16 load_scales(ScaleType type, const uint8_t* p) {
   return zero();
 }
 
+constexpr int kVectorStride = kPanels * 64;  // from one vector of a panel to its next
+
+// Of 3 bits two are together, and the third elsewhere.
+template <int kBits>
+constexpr int kPlaceBits = kBits == 3 ? 2 : kBits;
+
+// The codes of inputs 4 j .. 4 j + 3 of a panel's step.
+template <int kBits>
+VIVACE_INLINE Bytes64 code_at(const uint8_t* step, int j) {
+  constexpr int kPlace = kPlaceBits<kBits>;
+  const Bytes64 raw = load_bytes(step + j % kPlace * kVectorStride);
+  if constexpr (kBits == 8) return raw;
+  const Bytes64 code = bits_at(raw, j / kPlace * kPlace, (1 << kPlace) - 1);
+  if constexpr (kBits != 3) return code;
+  return or_bit(code, load_bytes(step + kPlace * kVectorStride), j, kPlace);
+}
+
 template <int kCodeBits>
 struct Panels {
   static constexpr int kBits = kCodeBits, kUnitPanels = kPanels;
@@ -33,6 +50,7 @@ struct Panels {
   static constexpr bool kHasMinimum = false;
 
   const uint8_t *scales, *zeros, *codes;  // of this panel and the first group
+  const uint8_t* at;                      // of a step's codes
   size_t head_bytes, group_bytes;
   int group_shift;  // of steps
   ScaleType scale_type;
@@ -51,43 +69,11 @@ struct Panels {
     group_shift = is_row ? 31 : __builtin_ctz(static_cast<unsigned>(layout.group_steps));
   }
 
-  static constexpr int kVectorStride = kPanels * 64;
-
-  VIVACE_MEMBER void unpack(int step, Bytes64* codes) {
-    const uint8_t* p = this->codes + static_cast<size_t>(step >> group_shift) * head_bytes +
-                       static_cast<size_t>(step) * kBits * kVectorStride;
-    if constexpr (kBits == 8) {
-      VIVACE_UNROLL
-      for (int j = 0; j < 8; ++j) codes[j] = load_bytes(p + kVectorStride * j);
-    } else if constexpr (kBits == 4) {
-      VIVACE_UNROLL
-      for (int v = 0; v < 4; ++v) {
-        const Bytes64 raw = load_bytes(p + kVectorStride * v);
-        codes[v] = bits_at<0, 15>(raw);
-        codes[v + 4] = bits_at<4, 15>(raw);
-      }
-    } else {
-      VIVACE_UNROLL
-      for (int v = 0; v < 2; ++v) {
-        const Bytes64 raw = load_bytes(p + kVectorStride * v);
-        codes[v] = bits_at<0, 3>(raw);
-        codes[v + 2] = bits_at<2, 3>(raw);
-        codes[v + 4] = bits_at<4, 3>(raw);
-        codes[v + 6] = bits_at<6, 3>(raw);
-      }
-      if constexpr (kBits == 3) {
-        const Bytes64 high = load_bytes(p + kVectorStride * 2);
-        codes[0] = or_bit<0, 2>(codes[0], high);
-        codes[1] = or_bit<1, 2>(codes[1], high);
-        codes[2] = or_bit<2, 2>(codes[2], high);
-        codes[3] = or_bit<3, 2>(codes[3], high);
-        codes[4] = or_bit<4, 2>(codes[4], high);
-        codes[5] = or_bit<5, 2>(codes[5], high);
-        codes[6] = or_bit<6, 2>(codes[6], high);
-        codes[7] = or_bit<7, 2>(codes[7], high);
-      }
-    }
+  VIVACE_MEMBER void begin(int step) {
+    at = codes + static_cast<size_t>(step >> group_shift) * head_bytes +
+         static_cast<size_t>(step) * kBits * kVectorStride;
   }
+  VIVACE_MEMBER Bytes64 code(int j) const { return code_at<kBits>(at, j); }
 
   VIVACE_MEMBER F32x16 scale_at(int group) const {
     return load_scales(scale_type, scales + static_cast<size_t>(group) * group_bytes);
@@ -112,6 +98,7 @@ struct Rows {
   static constexpr bool kHasMinimum = false;
   const char* rows;
   size_t stride;
+  Bytes64 codes[8];  // of a step
 
   Rows() = default;
   Rows(const Format&, int32_t K, const void* unit, int)
@@ -121,6 +108,7 @@ struct Rows {
   VIVACE_MEMBER const char* at(int block) const {
     return rows + static_cast<size_t>(block) * sizeof(Block);
   }
+  VIVACE_MEMBER Bytes64 code(int j) const { return load_bytes(codes + j); }
   // The float16 that a block starts with.
   VIVACE_MEMBER F32x16 scale(int block) const {
     Bytes64 head;
@@ -136,12 +124,12 @@ struct Q4_0 : Rows<BlockQ4_0> {
   static constexpr int kGroup = 32, kMaxCode = 15;
   using Rows::Rows;
 
-  VIVACE_MEMBER void unpack(int step, Bytes64* codes) {
+  VIVACE_MEMBER void begin(int step) {
     transpose_rows(at(step) + 2, stride, codes);
     VIVACE_UNROLL
     for (int v = 0; v < 4; ++v) {
-      codes[v + 4] = bits_at<4, 15>(codes[v]);
-      codes[v] = bits_at<0, 15>(codes[v]);
+      codes[v + 4] = bits_at(codes[v], 4, 15);
+      codes[v] = bits_at(codes[v], 0, 15);
     }
   }
 };
@@ -150,7 +138,7 @@ struct Q8_0 : Rows<BlockQ8_0> {
   static constexpr int kGroup = 32, kMaxCode = 255;
   using Rows::Rows;
 
-  VIVACE_MEMBER void unpack(int step, Bytes64* codes) {
+  VIVACE_MEMBER void begin(int step) {
     transpose_rows(at(step) + 2, stride, codes);
     transpose_rows(at(step) + 18, stride, codes + 4);
     VIVACE_UNROLL
@@ -167,7 +155,7 @@ struct Q4_K : Rows<BlockQ4_K> {
   Bytes64 head[4];  // scale and minimum, then the 12 bytes of groups
   Bytes64 raw[8];   // of two groups
 
-  VIVACE_MEMBER void unpack(int step, Bytes64* codes) {
+  VIVACE_MEMBER void begin(int step) {
     const char* block = at(step / 8);
     const int group = step % 8;
     if (group == 0) {
@@ -179,10 +167,10 @@ struct Q4_K : Rows<BlockQ4_K> {
       transpose_rows(block + 16 + 16 * group, stride, raw);
       transpose_rows(block + 32 + 16 * group, stride, raw + 4);
       VIVACE_UNROLL
-      for (int j = 0; j < 8; ++j) codes[j] = bits_at<0, 15>(raw[j]);
+      for (int j = 0; j < 8; ++j) codes[j] = bits_at(raw[j], 0, 15);
     } else {
       VIVACE_UNROLL
-      for (int j = 0; j < 8; ++j) codes[j] = bits_at<4, 15>(raw[j]);
+      for (int j = 0; j < 8; ++j) codes[j] = bits_at(raw[j], 4, 15);
     }
   }
   // Six bits of a group's scale (low 0) or minimum (low 1).
@@ -204,7 +192,7 @@ struct Q6_K : Rows<BlockQ6_K> {
   Bytes64 scales[4];
   Bytes64 low[16], high[8];  // of four steps
 
-  VIVACE_MEMBER void unpack(int step, Bytes64* codes) {
+  VIVACE_MEMBER void begin(int step) {
     const char* block = at(step / 8);
     const int half = step % 8 / 4, part = step % 4;
     if (step % 8 == 0) {
@@ -225,16 +213,16 @@ struct Q6_K : Rows<BlockQ6_K> {
     for (int j = 0; j < 8; ++j) {
       switch (part) {
         case 0:
-          codes[j] = or_shifted<4>(bits_at<0, 15>(low[j]), bits_at<0, 3>(high[j]));
+          codes[j] = or_shifted(bits_at(low[j], 0, 15), bits_at(high[j], 0, 3), 4);
           break;
         case 1:
-          codes[j] = or_shifted<4>(bits_at<0, 15>(low[8 + j]), bits_at<2, 3>(high[j]));
+          codes[j] = or_shifted(bits_at(low[8 + j], 0, 15), bits_at(high[j], 2, 3), 4);
           break;
         case 2:
-          codes[j] = or_shifted<4>(bits_at<4, 15>(low[j]), bits_at<4, 3>(high[j]));
+          codes[j] = or_shifted(bits_at(low[j], 4, 15), bits_at(high[j], 4, 3), 4);
           break;
         default:
-          codes[j] = or_shifted<4>(bits_at<4, 15>(low[8 + j]), bits_at<6, 3>(high[j]));
+          codes[j] = or_shifted(bits_at(low[8 + j], 4, 15), bits_at(high[j], 6, 3), 4);
       }
     }
   }
@@ -251,6 +239,7 @@ struct Unpacked {
   static constexpr bool kHasMinimum = Source::kHasMinimum;
 
   char* codes;
+  const char* at;  // of a step's codes
   float *scales, *minimums;
 
   Unpacked() = default;
@@ -259,9 +248,8 @@ struct Unpacked {
         scales(reinterpret_cast<float*>(scratch + static_cast<size_t>(K) * kPanelOutputs)),
         minimums(scales + K / kGroup * kPanelOutputs) {
     for (int step = 0; step < K / kStepInputs; ++step) {
-      Bytes64 unpacked[8];
-      source.unpack(step, unpacked);
-      for (int j = 0; j < 8; ++j) store_bytes(codes + 512 * step + 64 * j, unpacked[j]);
+      source.begin(step);
+      for (int j = 0; j < 8; ++j) store_bytes(codes + 512 * step + 64 * j, source.code(j));
       constexpr int kGroups = kStepInputs / kGroup;
       for (int group = kGroups * step; group < kGroups * (step + 1); ++group) {
         store(scales + kPanelOutputs * group, source.scale(group));
@@ -270,10 +258,8 @@ struct Unpacked {
     }
   }
 
-  VIVACE_MEMBER void unpack(int step, Bytes64* out) const {
-    VIVACE_UNROLL
-    for (int j = 0; j < 8; ++j) out[j] = load_bytes(codes + 512 * step + 64 * j);
-  }
+  VIVACE_MEMBER void begin(int step) { at = codes + 512 * step; }
+  VIVACE_MEMBER Bytes64 code(int j) const { return load_bytes(at + 64 * j); }
   VIVACE_MEMBER F32x16 scale(int group) const { return load(scales + kPanelOutputs * group); }
   VIVACE_MEMBER F32x16 minimum(int group) const { return load(minimums + kPanelOutputs * group); }
   VIVACE_MEMBER I32x16 start(int, I32x16 offset) const { return offset; }

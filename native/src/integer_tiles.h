@@ -84,8 +84,47 @@ struct TileRows {
   }
 };
 
-#if VIVACE_LEVEL >= 3
 constexpr size_t kAheadBytes = 16 << 10;  // far enough for what is read to be there in time
+
+// The products of a step's codes, from `at` on, for P panels.
+template <int kBits, int T, int P, int kSums, class Input>
+VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, bool is_first,
+                            Input input) {
+#if VIVACE_LEVEL >= 3
+  constexpr int kPlace = kPlaceBits<kBits>, kPlaces = 8 / kPlace, kMask = (1 << kPlace) - 1;
+  VIVACE_UNROLL
+  for (int v = 0; v < kPlace; ++v) VIVACE_UNROLL
+  for (int p = 0; p < P; ++p) {
+    Bytes64 raw = load_bytes(at + (v * kPanels + p) * 64);
+    __asm__("" : "+v"(raw.v));  // keeps it in a register: loads are scarce
+    // Memory's prefetchers follow such a run unless arithmetic holds it up.
+    if (T > 2 && is_first)
+      __builtin_prefetch(at + (v * kPanels + p) * 64 + kAheadBytes, 0, 2);
+    VIVACE_UNROLL
+    for (int i = 0; i < kPlaces; ++i) {
+      const int j = v + kPlace * i;
+      Bytes64 code = raw;
+      if constexpr (kSums > 1)
+        code = bits_at(raw, 0, kMask << kPlace * i);
+      else if constexpr (kPlaces > 1)
+        code = bits_at(raw, kPlace * i, kMask);
+      if constexpr (kBits == 3)
+        code = or_bit(code, load_bytes(at + (2 * kPanels + p) * 64), j, 2);
+      VIVACE_UNROLL
+      for (int r = 0; r < T; ++r) {
+        I32x16& sum = sums[p][r][kSums > 1 ? i : 0];
+        sum = dot_bytes(sum, code, input(r) + 4 * j);
+      }
+    }
+  }
+#else
+  static_assert(P == 1 && kSums == 1);
+  if (T > 2 && is_first)
+    for (int i = 0; i < kBits; ++i) __builtin_prefetch(at + i * kVectorStride + kAheadBytes, 0, 2);
+  dot<T, 8, (1 << kBits) - 1>(
+      &sums[0][0][0], [&](int j) { return code_at<kBits>(at, j); }, input);
+#endif
+}
 
 // Few rows times a unit of codes: what decoding does most, so with as few instructions a byte as
 // can be. Where the registers suffice, codes are multiplied where they lie in their bytes: sums of
@@ -93,11 +132,10 @@ constexpr size_t kAheadBytes = 16 << 10;  // far enough for what is read to be t
 // groups of 32 with float16 scales.
 template <int kBits, bool kIsUsual, int T>
 [[gnu::noinline]] void multiply_unit(const Format& format, const void* unit, const Tile& tile) {
-  // Of 3 bits two are together, and the third elsewhere.
-  constexpr int kPlaceBits = kBits == 3 ? 2 : kBits, kPlaces = 8 / kPlaceBits;
-  constexpr int kMask = (1 << kPlaceBits) - 1;
-  constexpr int kSums = kBits != 3 && T * kPlaces <= 4 ? kPlaces : 1;  // one for each place?
-  constexpr int P = T <= 2 ? kPanels : 2;                              // panels at once
+  constexpr int kPlaces = 8 / kPlaceBits<kBits>;  // of codes in a byte
+  // A sum for each place?
+  constexpr int kSums = VIVACE_LEVEL >= 3 && kBits != 3 && T * kPlaces <= 4 ? kPlaces : 1;
+  constexpr int P = VIVACE_LEVEL < 3 ? 1 : T <= 2 ? kPanels : 2;  // panels at once
   const ScaleType scale_type = kIsUsual ? ScaleType::float16 : format.scale;
   const bool has_zeros = !kIsUsual && format.has_zeros, is_row = !kIsUsual && format.group == 0;
   const CodesLayout layout = codes_layout(format, tile.K);
@@ -129,30 +167,9 @@ template <int kBits, bool kIsUsual, int T>
         for (int i = 1; i < kSums; ++i) sums[p][r][i] = set1_i32(0);
       }
       const uint8_t* at = group_at + head + half * 64;
-      for (int s = 0; s < count; ++s, at += kPanels * kBits * 64) {
-        VIVACE_UNROLL
-        for (int v = 0; v < kPlaceBits; ++v) VIVACE_UNROLL
-        for (int p = 0; p < P; ++p) {
-          Bytes64 raw = load_bytes(at + (v * kPanels + p) * 64);
-          __asm__("" : "+v"(raw.v));  // keeps it in a register: loads are scarce
-          // Memory's prefetchers follow such a run unless arithmetic holds it up.
-          if (T > 2 && tile.is_first)
-            __builtin_prefetch(at + (v * kPanels + p) * 64 + kAheadBytes, 0, 2);
-          VIVACE_UNROLL
-          for (int i = 0; i < kPlaces; ++i) {
-            const int j = v + kPlaceBits * i;
-            Bytes64 code = kSums > 1     ? masked(raw, kMask << kPlaceBits * i)
-                           : kPlaces > 1 ? shifted(raw, kPlaceBits * i, kMask)
-                                         : raw;
-            if constexpr (kBits == 3)
-              code = with_bit(code, load_bytes(at + (2 * kPanels + p) * 64), j, 2);
-            VIVACE_UNROLL
-            for (int r = 0; r < T; ++r)
-              dot<1, 1, 255>(&sums[p][r][kSums > 1 ? i : 0], &code,
-                             [&](int) { return rows.input(r, step + s) + 4 * j; });
-          }
-        }
-      }
+      for (int s = 0; s < count; ++s, at += kPanels * kBits * 64)
+        dot_unit<kBits, T, P, kSums>(sums, at, tile.is_first,
+                                     [&](int r) { return rows.input(r, step + s); });
       VIVACE_UNROLL
       for (int p = 0; p < P; ++p) {
         const F32x16 scale =
@@ -160,9 +177,11 @@ template <int kBits, bool kIsUsual, int T>
         VIVACE_UNROLL
         for (int r = 0; r < T; ++r) {
           I32x16 sum = sums[p][r][0];
+#if VIVACE_LEVEL >= 3
           VIVACE_UNROLL
           for (int i = 1; i < kSums; ++i)
-            sum = add_i32(sum, shift_right(sums[p][r][i], kPlaceBits * i));
+            sum = add_i32(sum, shift_right(sums[p][r][i], kPlaceBits<kBits> * i));
+#endif
           acc[half + p][r] =
               fma(to_float(sum), mul(scale, set1(rows.scale(r, group).scale)), acc[half + p][r]);
         }
@@ -190,7 +209,6 @@ void multiply_unit(const Format& format, const void* unit, const Tile& tile) {
   return is_usual ? multiply_unit<kBits, true, T>(format, unit, tile)
                   : multiply_unit<kBits, false, T>(format, unit, tile);
 }
-#endif
 
 }  // namespace
 }  // namespace vivace::VIVACE_ISA
