@@ -98,7 +98,7 @@ VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, bool is
     Bytes64 raw = load_bytes(at + (v * kPanels + p) * 64);
     __asm__("" : "+v"(raw.v));  // keeps it in a register: loads are scarce
     // Memory's prefetchers follow such a run unless arithmetic holds it up.
-    if (T > 2 && is_first)
+    if (kBits < 3 && T > 2 && is_first)
       __builtin_prefetch(at + (v * kPanels + p) * 64 + kAheadBytes, 0, 2);
     VIVACE_UNROLL
     for (int i = 0; i < kPlaces; ++i) {
@@ -119,7 +119,7 @@ VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, bool is
   }
 #else
   static_assert(P == 1 && kSums == 1);
-  if (T > 2 && is_first)
+  if (false)
     for (int i = 0; i < kBits; ++i) __builtin_prefetch(at + i * kVectorStride + kAheadBytes, 0, 2);
   dot<T, 8, (1 << kBits) - 1>(
       &sums[0][0][0], [&](int j) { return code_at<kBits>(at, j); }, input);
@@ -135,7 +135,7 @@ template <int kBits, bool kIsUsual, int T>
   constexpr int kPlaces = 8 / kPlaceBits<kBits>;  // of codes in a byte
   // A sum for each place?
   constexpr int kSums = VIVACE_LEVEL >= 3 && kBits != 3 && T * kPlaces <= 4 ? kPlaces : 1;
-  constexpr int P = VIVACE_LEVEL < 3 ? 1 : T <= 2 ? kPanels : 2;  // panels at once
+  constexpr int P = VIVACE_LEVEL < 3 ? 1 : kBits > 2 || T <= 2 ? kPanels : 2;  // panels at once
   const ScaleType scale_type = kIsUsual ? ScaleType::float16 : format.scale;
   const bool has_zeros = !kIsUsual && format.has_zeros, is_row = !kIsUsual && format.group == 0;
   const CodesLayout layout = codes_layout(format, tile.K);
