@@ -14,14 +14,10 @@ namespace {
 constexpr int kTileRows = VIVACE_LEVEL >= 2 ? 8 : 4;
 // So many rows meet all panels of a unit at once, in the order in which memory has them.
 constexpr int kWideRows = VIVACE_LEVEL == 1 ? 3 : 4;
-
-// From how many rows on units are the faster tiles for more of them too: at once where there are
-// few registers, and for many where sums seldom become floats.
-int unit_rows(const Format& format) {
-  if (VIVACE_LEVEL == 1) return 0;
-  if (VIVACE_LEVEL < 3 || format.input.group == kStepInputs) return INT32_MAX;
-  return format.bits == 2 ? 0 : 32;
-}
+// More rows meet them one after the other, so much of a unit at a time: it stays in the first-level
+// cache, and what follows comes into the second.
+constexpr size_t kChunkBytes = 16 << 10;
+constexpr bool kHasChunks = VIVACE_LEVEL != 2;  // there larger tiles of one panel are the faster
 
 // ---------------------------------------------------------------- tiles
 
@@ -161,6 +157,34 @@ void for_row_tiles(const LinearItem& item, int num_tiles, Tile& tile, F f) {
   }
 }
 
+// All rows times a unit of codes.
+template <int kBits>
+void multiply_chunks(const Format& format, const LinearItem& item, const char* unit, size_t bytes,
+                     Tile& tile) {
+  const int tiles = (item.M + kWideRows - 1) / kWideRows;
+  const int num_steps = (item.K + kStepInputs - 1) / kStepInputs;
+  const int group_steps = tile.input_group / kStepInputs;
+  const size_t step_bytes = bytes / static_cast<size_t>(num_steps);
+  const int groups = static_cast<int>(kChunkBytes / step_bytes) / group_steps;
+  const int chunk = tiles == 1 ? num_steps : (groups > 0 ? groups : 1) * group_steps;
+  // A single tile is followed by memory's prefetchers, unless its arithmetic holds them up.
+  const int bringing = tiles >= kBringing<kBits> ? kBringing<kBits> : 0;
+  float* y = tile.y;
+  for (int step = 0; step < num_steps; step += chunk) {
+    tile.from_step = step;
+    tile.to_step = step + chunk < num_steps ? step + chunk : num_steps;
+    tile.y = y;
+    const char* next = unit + (tiles == 1 ? kChunkBytes : (step + chunk) * step_bytes);
+    int i = 0;
+    for_row_tiles(item, tiles, tile, [&](int count) {
+      const size_t share = (tile.to_step - step) * step_bytes / kBringing<kBits>;
+      tile.bring = i < bringing ? next + i * share : nullptr;
+      multiply_wide<kBits>(count, format, unit, tile);
+      ++i;
+    });
+  }
+}
+
 template <class Source>
 void multiply_as(const Format& format, const LinearItem& item) {
   const size_t unit = unit_bytes(format, item.K);
@@ -191,12 +215,10 @@ void multiply_as(const Format& format, const LinearItem& item) {
   };
   int n = 0;
   if constexpr (Source::kGroup == 0) {
-    if (item.M <= kWideRows || item.M >= unit_rows(format)) {
+    if (item.M <= kWideRows || kHasChunks) {
       for (; n + kUnitOutputs <= item.rows; n += kUnitOutputs) {
         aim(n, kPanels);
-        for_row_tiles(item, (item.M + kWideRows - 1) / kWideRows, tile, [&](int count) {
-          multiply_wide<Source::kBits>(count, format, unit_of(n), tile);
-        });
+        multiply_chunks<Source::kBits>(format, item, unit_of(n), unit, tile);
       }
     }
   }

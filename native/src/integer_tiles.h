@@ -29,6 +29,8 @@ struct Tile {
   int outputs;
   Ahead ahead;
   bool is_first;  // of those that meet these weights, which then come from memory
+  int from_step, to_step;  // of a unit: y holds what earlier ones gave
+  const char* bring;       // what a unit's steps bring meanwhile, or null
 };
 
 // The prepared rows of a tile. Few registers hold where they are: offsets are made of multiples of
@@ -84,12 +86,19 @@ struct TileRows {
   }
 };
 
-constexpr size_t kAheadBytes = 16 << 10;  // far enough for what is read to be there in time
+// How many passes over some of a unit share the bringing of what follows.
+template <int kBits>
+constexpr int kBringing = kBits == 2 ? 1 : 2;
+
+VIVACE_INLINE void bring_line(const char*& p) {
+  if (p == nullptr) return;
+  __builtin_prefetch(p, 0, 2);
+  p += 64;
+}
 
 // The products of a step's codes, from `at` on, for P panels.
 template <int kBits, int T, int P, int kSums, class Input>
-VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, bool is_first,
-                            Input input) {
+VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, const char*& bring, Input input) {
 #if VIVACE_LEVEL >= 3
   constexpr int kPlace = kPlaceBits<kBits>, kPlaces = 8 / kPlace, kMask = (1 << kPlace) - 1;
   VIVACE_UNROLL
@@ -97,9 +106,7 @@ VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, bool is
   for (int p = 0; p < P; ++p) {
     Bytes64 raw = load_bytes(at + (v * kPanels + p) * 64);
     __asm__("" : "+v"(raw.v));  // keeps it in a register: loads are scarce
-    // Memory's prefetchers follow such a run unless arithmetic holds it up.
-    if (kBits < 3 && T > 2 && is_first)
-      __builtin_prefetch(at + (v * kPanels + p) * 64 + kAheadBytes, 0, 2);
+    if (T > 2 && p % kBringing<kBits> == 0) bring_line(bring);
     VIVACE_UNROLL
     for (int i = 0; i < kPlaces; ++i) {
       const int j = v + kPlace * i;
@@ -119,8 +126,7 @@ VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, bool is
   }
 #else
   static_assert(P == 1 && kSums == 1);
-  if (false)
-    for (int i = 0; i < kBits; ++i) __builtin_prefetch(at + i * kVectorStride + kAheadBytes, 0, 2);
+  for (int i = 0; T > 2 && i < kBits; i += kBringing<kBits>) bring_line(bring);
   dot<T, 8, (1 << kBits) - 1>(
       &sums[0][0][0], [&](int j) { return code_at<kBits>(at, j); }, input);
 #endif
@@ -142,13 +148,19 @@ template <int kBits, bool kIsUsual, int T>
   const size_t scale_stride = kPanelOutputs * scale_bytes(scale_type);
   TileRows rows(tile);
   const auto* first = static_cast<const uint8_t*>(unit);
-  const uint8_t* group_at = first;
-  F32x16 acc[kPanels][T];
-  for (auto& panel : acc)
-    for (F32x16& one : panel) one = zero();
   const int num_steps = (tile.K + kStepInputs - 1) / kStepInputs;
   const int steps_per_group = kIsUsual ? 1 : tile.input_group / kStepInputs;
-  for (int step = 0, group = 0; step < num_steps; ++group) {
+  int step = tile.from_step, group = step / steps_per_group;
+  const uint8_t* group_at = first + static_cast<size_t>(step) * kPanels * kBits * 64 +
+                            (is_row ? group > 0 : group) * layout.codes_at;
+  F32x16 acc[kPanels][T];
+  VIVACE_UNROLL
+  for (int p = 0; p < kPanels; ++p) VIVACE_UNROLL
+  for (int r = 0; r < T; ++r)
+    acc[p][r] = step == 0 ? zero() : load(tile.y + r * tile.ldy + p * kPanelOutputs);
+  const char* bring = tile.bring;
+  for (; step < tile.to_step; ++group) {
+    if (T > 2) bring_line(bring);
     const size_t head = is_row && group > 0 ? 0 : layout.codes_at;
     const uint8_t* zeros = (is_row ? first : group_at) + layout.zeros_at;
     const int count =
@@ -167,9 +179,9 @@ template <int kBits, bool kIsUsual, int T>
         for (int i = 1; i < kSums; ++i) sums[p][r][i] = set1_i32(0);
       }
       const uint8_t* at = group_at + head + half * 64;
-      for (int s = 0; s < count; ++s, at += kPanels * kBits * 64)
-        dot_unit<kBits, T, P, kSums>(sums, at, tile.is_first,
-                                     [&](int r) { return rows.input(r, step + s); });
+      for (int s = 0; s < count; ++s, at += kPanels * kBits * 64) {
+        dot_unit<kBits, T, P, kSums>(sums, at, bring, [&](int r) { return rows.input(r, step + s); });
+      }
       VIVACE_UNROLL
       for (int p = 0; p < P; ++p) {
         const F32x16 scale =
@@ -195,8 +207,9 @@ template <int kBits, bool kIsUsual, int T>
     const F32x16 scale = is_row ? load_scales(scale_type, first + p * scale_stride) : set1(1.0f);
     VIVACE_UNROLL
     for (int r = 0; r < T; ++r) {
-      F32x16 out = mul(acc[p][r], scale);
-      if (tile.bias != nullptr) out = add(out, load(tile.bias + p * kPanelOutputs));
+      F32x16 out = acc[p][r];
+      if (step == num_steps) out = mul(out, scale);
+      if (step == num_steps && tile.bias != nullptr) out = add(out, load(tile.bias + p * kPanelOutputs));
       store(tile.y + r * tile.ldy + p * kPanelOutputs, out);
     }
   }
