@@ -394,8 +394,7 @@ VIVACE_INLINE void dot(I32x16* sums, Codes codes, Input input) {
   for (int j = 0; j < kCount; ++j) all[j] = codes(j);
   VIVACE_UNROLL
   for (int r = 0; r < T; ++r) VIVACE_UNROLL
-  for (int j = 0; j < kCount; ++j)
-    sums[r] = dot_bytes(sums[r], all[j], input(r) + 4 * j);
+  for (int j = 0; j < kCount; ++j) sums[r] = dot_bytes(sums[r], all[j], input(r) + 4 * j);
 #elif VIVACE_LEVEL == 2
   dot_lanes<T, kCount, kMaxCode, 0, 1>(sums, codes, input);
 #elif VIVACE_LEVEL == 1

@@ -14,10 +14,11 @@ namespace {
 constexpr int kTileRows = VIVACE_LEVEL >= 2 ? 8 : 4;
 // So many rows meet all panels of a unit at once, in the order in which memory has them.
 constexpr int kWideRows = VIVACE_LEVEL == 1 ? 3 : 4;
-// More rows meet them one after the other, so much of a unit at a time: it stays in the first-level
-// cache, and what follows comes into the second.
+// Up to kChunkRows rows meet so much of a unit at a time: it stays in the first-level cache while
+// what follows comes into the second.
 constexpr size_t kChunkBytes = 16 << 10;
-constexpr bool kHasChunks = VIVACE_LEVEL != 2;  // there larger tiles of one panel are the faster
+constexpr int kChunkRows = 32;
+constexpr bool kPrefersUnits = VIVACE_LEVEL != 2;  // for many rows too, to large tiles of a panel
 
 // ---------------------------------------------------------------- tiles
 
@@ -32,7 +33,6 @@ template <class Source, int T>
   TileRows rows(tile);
   const int num_steps = (tile.K + kStepInputs - 1) / kStepInputs;
   Ahead ahead = tile.ahead;
-  if (!tile.is_first) ahead.per_step = 0;
   const auto begin = [&](int step) {
     rows.template forget<T>();
     ahead.advance();
@@ -142,43 +142,54 @@ void multiply_wide(int T, const Format& format, const void* unit, const Tile& ti
   }
 }
 
-// Calls f(rows) for each of a number of tiles that share an item's rows evenly, `tile` being that
-// one.
+// Calls f(first, count) for each of a number of even shares of rows.
 template <class F>
-void for_row_tiles(const LinearItem& item, int num_tiles, Tile& tile, F f) {
-  float* y = tile.y;
-  for (int m = 0, i = 0; i < num_tiles; ++i) {
-    const int count = (item.M - m) / (num_tiles - i);
-    tile.x = static_cast<const char*>(item.x) + static_cast<size_t>(m) * item.x_stride;
-    tile.y = y + m * item.ldy;
-    f(count);
-    tile.is_first = false;
-    m += count;
+void for_shares(int rows, int num_shares, F f) {
+  for (int first = 0, i = 0; i < num_shares; ++i) {
+    const int count = (rows - first) / (num_shares - i);
+    f(first, count);
+    first += count;
   }
+}
+
+int shares_of(int rows, int most) {
+  return (rows + most - 1) / most;
+}
+
+// What `of` is from a row on.
+Tile from_row(const Tile& of, int row) {
+  Tile tile = of;
+  tile.x += static_cast<size_t>(row) * tile.x_stride;
+  tile.y += row * tile.ldy;
+  return tile;
 }
 
 // All rows times a unit of codes.
 template <int kBits>
-void multiply_chunks(const Format& format, const LinearItem& item, const char* unit, size_t bytes,
-                     Tile& tile) {
-  const int tiles = (item.M + kWideRows - 1) / kWideRows;
-  const int num_steps = (item.K + kStepInputs - 1) / kStepInputs;
-  const int group_steps = tile.input_group / kStepInputs;
-  const size_t step_bytes = bytes / static_cast<size_t>(num_steps);
+void multiply_unit_rows(const Format& format, int rows, const char* unit, size_t unit_bytes,
+                        const Tile& unit_tile) {
+  alignas(64) float partial[kChunkRows][kPanels * kPanelOutputs];
+  const int tiles = shares_of(rows, kWideRows);
+  const int num_steps = (unit_tile.K + kStepInputs - 1) / kStepInputs;
+  const int group_steps = unit_tile.input_group / kStepInputs;
+  const size_t step_bytes = unit_bytes / static_cast<size_t>(num_steps);
   const int groups = static_cast<int>(kChunkBytes / step_bytes) / group_steps;
-  const int chunk = tiles == 1 ? num_steps : (groups > 0 ? groups : 1) * group_steps;
+  const bool is_whole = tiles == 1 || rows > kChunkRows;
+  const int chunk = is_whole ? num_steps : (groups > 0 ? groups : 1) * group_steps;
   // A single tile is followed by memory's prefetchers, unless its arithmetic holds them up.
   const int bringing = tiles >= kBringing<kBits> ? kBringing<kBits> : 0;
-  float* y = tile.y;
+  const size_t distance = tiles == 1 ? kChunkBytes : static_cast<size_t>(chunk) * step_bytes;
   for (int step = 0; step < num_steps; step += chunk) {
-    tile.from_step = step;
-    tile.to_step = step + chunk < num_steps ? step + chunk : num_steps;
-    tile.y = y;
-    const char* next = unit + (tiles == 1 ? kChunkBytes : (step + chunk) * step_bytes);
+    const int to_step = step + chunk < num_steps ? step + chunk : num_steps;
+    const char* next = unit + static_cast<size_t>(step) * step_bytes + distance;
+    const size_t share = static_cast<size_t>(to_step - step) * step_bytes / kBringing<kBits>;
     int i = 0;
-    for_row_tiles(item, tiles, tile, [&](int count) {
-      const size_t share = (tile.to_step - step) * step_bytes / kBringing<kBits>;
-      tile.bring = i < bringing ? next + i * share : nullptr;
+    for_shares(rows, tiles, [&](int first, int count) {
+      Tile tile = from_row(unit_tile, first);
+      tile.from_step = step;
+      tile.to_step = to_step;
+      tile.partial = is_whole ? nullptr : partial[first];
+      tile.bring = i < bringing ? next + static_cast<size_t>(i) * share : nullptr;
       multiply_wide<kBits>(count, format, unit, tile);
       ++i;
     });
@@ -188,7 +199,7 @@ void multiply_chunks(const Format& format, const LinearItem& item, const char* u
 template <class Source>
 void multiply_as(const Format& format, const LinearItem& item) {
   const size_t unit = unit_bytes(format, item.K);
-  const int tiles = (item.M + kTileRows - 1) / kTileRows;
+  const int tiles = shares_of(item.M, kTileRows);
   const auto* weight = static_cast<const char*>(item.weight);
   Tile tile;
   tile.K = item.K;
@@ -210,29 +221,33 @@ void multiply_as(const Format& format, const LinearItem& item) {
     const auto* next = after < item.rows ? unit_of(after) : static_cast<const char*>(item.next);
     const size_t share = unit / Source::kUnitPanels * panels;
     const size_t panel = static_cast<size_t>(n % kUnitOutputs) / kPanelOutputs;
-    tile.is_first = true;
     tile.ahead = {next, panel * share, panel * share, next == nullptr ? 0 : share / steps};
   };
   int n = 0;
   if constexpr (Source::kGroup == 0) {
-    if (item.M <= kWideRows || kHasChunks) {
+    if (item.M <= kWideRows || kPrefersUnits) {
       for (; n + kUnitOutputs <= item.rows; n += kUnitOutputs) {
         aim(n, kPanels);
-        multiply_chunks<Source::kBits>(format, item, unit_of(n), unit, tile);
+        multiply_unit_rows<Source::kBits>(format, item.M, unit_of(n), unit, tile);
       }
     }
   }
   for (; n < item.rows; n += kPanelOutputs) {
     const Source source(format, item.K, unit_of(n), n % kUnitOutputs / kPanelOutputs);
     aim(n, 1);
+    const auto multiply = [&](const auto& from) {
+      for_shares(item.M, tiles, [&](int first, int count) {
+        multiply_rows(count, from, from_row(tile, first));
+        tile.ahead.per_step = 0;
+      });
+    };
     if constexpr (Source::kGroup != 0) {
       if (tiles >= kUnpackTiles) {
-        const Unpacked<Source> unpacked(source, item.K, item.scratch);
-        for_row_tiles(item, tiles, tile, [&](int count) { multiply_rows(count, unpacked, tile); });
+        multiply(Unpacked<Source>(source, item.K, item.scratch));
         continue;
       }
     }
-    for_row_tiles(item, tiles, tile, [&](int count) { multiply_rows(count, source, tile); });
+    multiply(source);
   }
 }
 

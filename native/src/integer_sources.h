@@ -1,8 +1,9 @@
 // Where kernels of whole numbers take a matrix's codes and scales from.
 //
 // A source is one panel: 16 outputs. It gives the codes of 32 inputs, a step, as eight vectors, one
-// at a time, and what turns sums of them into weights: stored zeros, scales, and for some a minimum. `kGroup`: inputs
-// per scale, 0 if that is known at run time only (a multiple of 32, or the row).
+// at a time, and what turns sums of them into weights: stored zeros, scales, and for some a
+// minimum. `kGroup`: inputs per scale, 0 if that is known at run time only (a multiple of 32, or
+// the row).
 #pragma once
 
 #include "block_formats.h"

@@ -28,8 +28,8 @@ struct Tile {
   int64_t ldy;
   int outputs;
   Ahead ahead;
-  bool is_first;  // of those that meet these weights, which then come from memory
-  int from_step, to_step;  // of a unit: y holds what earlier ones gave
+  int from_step, to_step;  // of a unit
+  float* partial;          // [rows][a unit's outputs]: sums of the steps before
   const char* bring;       // what a unit's steps bring meanwhile, or null
 };
 
@@ -86,10 +86,11 @@ struct TileRows {
   }
 };
 
-// How many passes over some of a unit share the bringing of what follows.
+// How many tiles, one after the other, share the bringing of what follows.
 template <int kBits>
 constexpr int kBringing = kBits == 2 ? 1 : 2;
 
+// Asks for one line, beside each of some loads: all at once would wait for each other.
 VIVACE_INLINE void bring_line(const char*& p) {
   if (p == nullptr) return;
   __builtin_prefetch(p, 0, 2);
@@ -98,7 +99,8 @@ VIVACE_INLINE void bring_line(const char*& p) {
 
 // The products of a step's codes, from `at` on, for P panels.
 template <int kBits, int T, int P, int kSums, class Input>
-VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, const char*& bring, Input input) {
+VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, const char*& bring,
+                            Input input) {
 #if VIVACE_LEVEL >= 3
   constexpr int kPlace = kPlaceBits<kBits>, kPlaces = 8 / kPlace, kMask = (1 << kPlace) - 1;
   VIVACE_UNROLL
@@ -115,8 +117,7 @@ VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, const c
         code = bits_at(raw, 0, kMask << kPlace * i);
       else if constexpr (kPlaces > 1)
         code = bits_at(raw, kPlace * i, kMask);
-      if constexpr (kBits == 3)
-        code = or_bit(code, load_bytes(at + (2 * kPanels + p) * 64), j, 2);
+      if constexpr (kBits == 3) code = or_bit(code, load_bytes(at + (2 * kPanels + p) * 64), j, 2);
       VIVACE_UNROLL
       for (int r = 0; r < T; ++r) {
         I32x16& sum = sums[p][r][kSums > 1 ? i : 0];
@@ -127,8 +128,7 @@ VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, const c
 #else
   static_assert(P == 1 && kSums == 1);
   for (int i = 0; T > 2 && i < kBits; i += kBringing<kBits>) bring_line(bring);
-  dot<T, 8, (1 << kBits) - 1>(
-      &sums[0][0][0], [&](int j) { return code_at<kBits>(at, j); }, input);
+  dot<T, 8, (1 << kBits) - 1>(&sums[0][0][0], [&](int j) { return code_at<kBits>(at, j); }, input);
 #endif
 }
 
@@ -157,7 +157,7 @@ template <int kBits, bool kIsUsual, int T>
   VIVACE_UNROLL
   for (int p = 0; p < kPanels; ++p) VIVACE_UNROLL
   for (int r = 0; r < T; ++r)
-    acc[p][r] = step == 0 ? zero() : load(tile.y + r * tile.ldy + p * kPanelOutputs);
+    acc[p][r] = step == 0 ? zero() : load(tile.partial + (r * kPanels + p) * kPanelOutputs);
   const char* bring = tile.bring;
   for (; step < tile.to_step; ++group) {
     if (T > 2) bring_line(bring);
@@ -180,7 +180,8 @@ template <int kBits, bool kIsUsual, int T>
       }
       const uint8_t* at = group_at + head + half * 64;
       for (int s = 0; s < count; ++s, at += kPanels * kBits * 64) {
-        dot_unit<kBits, T, P, kSums>(sums, at, bring, [&](int r) { return rows.input(r, step + s); });
+        dot_unit<kBits, T, P, kSums>(sums, at, bring,
+                                     [&](int r) { return rows.input(r, step + s); });
       }
       VIVACE_UNROLL
       for (int p = 0; p < P; ++p) {
@@ -208,9 +209,13 @@ template <int kBits, bool kIsUsual, int T>
     VIVACE_UNROLL
     for (int r = 0; r < T; ++r) {
       F32x16 out = acc[p][r];
-      if (step == num_steps) out = mul(out, scale);
-      if (step == num_steps && tile.bias != nullptr) out = add(out, load(tile.bias + p * kPanelOutputs));
-      store(tile.y + r * tile.ldy + p * kPanelOutputs, out);
+      float* to = tile.partial + (r * kPanels + p) * kPanelOutputs;
+      if (step == num_steps) {
+        out = mul(out, scale);
+        if (tile.bias != nullptr) out = add(out, load(tile.bias + p * kPanelOutputs));
+        to = tile.y + r * tile.ldy + p * kPanelOutputs;
+      }
+      store(to, out);
     }
   }
 }

@@ -26,7 +26,7 @@ CODES = [
     Codes(3, 128, "e8m0", True),
 ]
 KERNELS = [codes.kernel for codes in CODES] + list(BLOCKS)
-MAX_ROWS = 20
+MAX_ROWS = 34
 BLOCK_BYTES = {"q4_0": (32, 18), "q8_0": (32, 34), "q4_k": (256, 144), "q6_k": (256, 210)}
 # Where float16 scales lie in a block.
 SCALES_AT = {"q4_0": (0,), "q8_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}
@@ -60,13 +60,14 @@ def matrix_of(kernel: str, num_rows: int, num_columns: int, seed: int = 0) -> Pa
 def shapes_of(kernel: str) -> list[tuple[int, int]]:
     """Odd numbers of outputs and inputs, as far as the format has them.
 
-    The second has panels for several at once and a rest, and several groups of inputs.
+    The second has panels for several at once and a rest, and more inputs than several rows meet at
+    a time.
     """
     if kernel in BLOCKS:
         unit = BLOCK_BYTES[kernel][0]
         return [(16, unit), (144, 3 * unit)]
     group = Codes.parse(kernel).group_size
-    widths = (1, 333, 33) if group is None else (group, 3 * group)
+    widths = (1, 333, 33) if group is None else (group, 1024 + group)
     return list(zip((1, 133, 16), widths, strict=False))
 
 
