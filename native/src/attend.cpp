@@ -8,6 +8,7 @@ namespace {
 
 // With fewer items than this, long reads are split so that every thread finds work.
 constexpr size_t kEnoughItems = 64;
+constexpr int kItemsPerThread = 4;
 
 int64_t num_chunks(const Span& span) {
   int64_t chunks = 0;
@@ -16,11 +17,15 @@ int64_t num_chunks(const Span& span) {
   return chunks;
 }
 
+int shares_of(int count, int most) {
+  return (count + most - 1) / most;
+}
+
 }  // namespace
 
 void Attend::run(const Kernels& kernels, Pool& pool, const AttentionCall& call, float* sums) {
   const AttentionKernels& attention = *kernels.attention;
-  make_items(call);
+  make_items(call, pool.threads());
   split_items(call);
   pool.parallel(static_cast<int64_t>(parts_.size()), [&](int64_t index, int) {
     const auto [item, chunk] = parts_[index];
@@ -43,20 +48,31 @@ void Attend::run(const Kernels& kernels, Pool& pool, const AttentionCall& call, 
                 [&](int64_t index, int) { attention.sum_weights(call, sum_items[index]); });
 }
 
-void Attend::make_items(const AttentionCall& call) {
+void Attend::make_items(const AttentionCall& call, int threads) {
   items_.clear();
   const int heads_per_kv = call.num_heads / call.num_kv_heads;
-  const int heads = std::min(heads_per_kv, kMaxItemQueries), rows = kMaxItemQueries / heads;
+  const int heads = std::min(heads_per_kv, kMaxItemQueries);
+  // Key/value heads lie side by side, so items of several read long runs, as far as that leaves
+  // enough of them.
+  int64_t chunks = 0;
+  for (int64_t s = 0; s < call.num_spans; ++s) chunks += num_chunks(call.spans[s]);
+  int most = call.num_kv_heads;
+  while (most > 1 && chunks * shares_of(call.num_kv_heads, most) < kItemsPerThread * threads)
+    most = shares_of(most, 2);
   for (int64_t s = 0; s < call.num_spans; ++s) {
     const Span& span = call.spans[s];
+    if (span.num_rows == 0) continue;
+    const int64_t fitting = kMaxItemQueries / (heads * span.num_rows);  // if all rows are in one
+    const int kv_heads = static_cast<int>(std::clamp<int64_t>(fitting, 1, most));
+    const int rows = kMaxItemQueries / (heads * kv_heads);
     // Late rows of a span read most: they come first, so that what is left in the end is small.
-    for (int64_t row = (span.num_rows - 1) / rows * rows; row >= 0 && span.num_rows > 0;
-         row -= rows)
-      for (int kv_head = 0; kv_head < call.num_kv_heads; ++kv_head)
+    for (int64_t row = (span.num_rows - 1) / rows * rows; row >= 0; row -= rows)
+      for (int kv_head = 0; kv_head < call.num_kv_heads; kv_head += kv_heads)
         for (int head = 0; head < heads_per_kv; head += heads)
           items_.push_back({&span, row,
                             static_cast<int>(std::min<int64_t>(rows, span.num_rows - row)), kv_head,
-                            head, std::min(heads, heads_per_kv - head), nullptr});
+                            std::min(kv_heads, call.num_kv_heads - kv_head), head,
+                            std::min(heads, heads_per_kv - head), nullptr});
   }
 }
 
@@ -72,14 +88,14 @@ void Attend::split_items(const AttentionCall& call) {
     }
     split_.push_back(static_cast<int32_t>(i));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) parts_.emplace_back(i, chunk);
-    num_floats += chunks * items_[i].num_rows * items_[i].num_heads * (call.head_dim + 2);
+    num_floats += chunks * items_[i].num_queries() * (call.head_dim + 2);
   }
   if (partial_.size() < num_floats) partial_.resize(num_floats);
   float* partial = partial_.data();
   for (int32_t i : split_) {
     AttentionItem& item = items_[i];
     item.partial = partial;
-    partial += num_chunks(*item.span) * item.num_rows * item.num_heads * (call.head_dim + 2);
+    partial += num_chunks(*item.span) * item.num_queries() * (call.head_dim + 2);
   }
 }
 

@@ -16,7 +16,7 @@ class Attend {
   void run(const Kernels& kernels, Pool& pool, const AttentionCall& call, float* sums);
 
  private:
-  void make_items(const AttentionCall& call);
+  void make_items(const AttentionCall& call, int threads);
   void split_items(const AttentionCall& call);
 
   std::vector<AttentionItem> items_;

@@ -53,12 +53,16 @@ struct AttentionCall {
   const float* sinks;  // [num_heads] or null
 };
 
-// Some query heads of one key/value head, for some rows of a span.
+// Some query heads of each of some key/value heads, for some rows of a span. Its queries are
+// counted [key/value heads][rows][heads].
 struct AttentionItem {
   const Span* span;
   int64_t first_row;  // inside the span
-  int num_rows, kv_head, first_head, num_heads;
-  float* partial;  // [parts, rows * heads, head_dim + 2] if split into chunks, else null
+  int num_rows, first_kv_head, num_kv_heads, first_head, num_heads;
+  float* partial;  // [parts, queries, head_dim + 2] if split into chunks, else null
+
+  int group_size() const { return num_rows * num_heads; }  // queries of a key/value head
+  int num_queries() const { return num_kv_heads * group_size(); }
 };
 
 // A span and a key/value head whose weights are summed over the span's rows.

@@ -33,27 +33,65 @@ struct Gathered {
   float maximum[kMaxItemQueries];
 };
 
-// Groups of queries, R together, lie dimension-major [head_dim][R], so that one address finds them.
+// Groups of queries, R together, lie dimension-major [head_dim][R], or [head_dim/2][R] pairs for a
+// cache of bfloat16, so that one address finds them.
 struct Queries {
   alignas(64) float vectors[kMaxItemQueries * kMaxHeadDim];  // scaled
   int count, width;  // width: head_dim rounded up to whole vectors
+
+  template <class T>
+  const typename Cached<T>::Factor* of(int first) const {
+    return reinterpret_cast<const typename Cached<T>::Factor*>(vectors + first * width);
+  }
 };
+
+// Which row of the step and which head an item's query is.
+struct Place {
+  int64_t row;
+  int head;
+
+  Place(const AttentionCall& call, const AttentionItem& item, int query)
+      : row(item.span->first_row + item.first_row + query % item.group_size() / item.num_heads),
+        head((item.first_kv_head + query / item.group_size()) *
+                 (call.num_heads / call.num_kv_heads) +
+             item.first_head + query % item.num_heads) {}
+};
+
+// Queries [begin, begin + count) of an item, at most kBlockQueries of one key/value head.
+struct QueryBlock {
+  int begin, count;
+};
+
+template <class F>
+void for_blocks(const AttentionItem& item, F f) {
+  const int size = item.group_size();
+  for (int group = 0; group < item.num_queries(); group += size)
+    for (int in = 0; in < size; in += kBlockQueries)
+      f(QueryBlock{group + in, smaller(kBlockQueries, size - in)});
+}
 
 void load_queries(const AttentionCall& call, const AttentionItem& item, Queries& queries) {
   queries.width = (call.head_dim + 15) / 16 * 16;
-  queries.count = item.num_rows * item.num_heads;
-  const int heads_per_kv = call.num_heads / call.num_kv_heads;
-  for (int begin = 0; begin < queries.count; begin += kBlockQueries)
-    for_query_groups(smaller(kBlockQueries, queries.count - begin), [&]<int R>(int first) {
+  queries.count = item.num_queries();
+  for_blocks(item, [&](const QueryBlock& block) {
+    for_query_groups(block.count, [&]<int R>(int in_block) {
+      const int first = block.begin + in_block;
       for (int r = 0; r < R; ++r) {
-        const int i = begin + first + r;
-        const int64_t row = item.span->first_row + item.first_row + i / item.num_heads;
-        const int head = item.kv_head * heads_per_kv + item.first_head + i % item.num_heads;
-        const float* from = call.queries + row * call.q_stride + int64_t{head} * call.head_dim;
-        float* to = queries.vectors + (begin + first) * queries.width + r;
-        for (int d = 0; d < call.head_dim; ++d) to[R * d] = from[d] * call.scale;
+        const Place place(call, item, first + r);
+        const float* from =
+            call.queries + place.row * call.q_stride + int64_t{place.head} * call.head_dim;
+        float* to = queries.vectors + first * queries.width;
+        if (call.cache.type == KVType::float32) {
+          for (int d = 0; d < call.head_dim; ++d) to[R * d + r] = from[d] * call.scale;
+          continue;
+        }
+        auto* pairs = reinterpret_cast<PairFactor*>(to) + r;
+        for (int d = 0; d < call.head_dim; d += 2)
+          pairs[R * (d / 2)] = pair_factor(from[d] * call.scale,
+                                           d + 1 < call.head_dim ? from[d + 1] * call.scale : 0.0f);
       }
     });
+  });
 }
 
 // What a block of queries reads of one tile.
@@ -63,120 +101,125 @@ struct Reads {
   int64_t first;
 };
 
-// Queries [begin, begin + count) of an item, at most kBlockQueries, against one chunk.
-struct Block {
+// An item's queries against one chunk of a segment, blocks of queries one tile at a time.
+struct Chunk {
   const AttentionCall& call;
   const AttentionItem& item;
   const Segment& segment;
-  const Visible* seen;  // by row
   const Queries& queries;
   Gathered& gathered;
-  int begin, count;
+  Visible seen[kMaxItemQueries];  // by row
+  QueryBlock blocks[kMaxItemQueries];
+  int num_blocks;
 
-  void find(Reads& reads, int64_t first, int64_t last) const {
+  void find(const QueryBlock& block, int64_t first, int64_t last, Reads& reads) const {
     reads.any = 0;
     reads.first = first;
-    for (int query = 0; query < count && first < last; ++query) {
-      const int row = (begin + query) / item.num_heads;
-      const bool is_known = query > 0 && (begin + query) % item.num_heads != 0;
+    for (int query = 0; query < block.count && first < last; ++query) {
+      const int in_group = (block.begin + query) % item.group_size();
+      const bool is_known = query > 0 && in_group % item.num_heads != 0;
       reads.bits[query] =
-          is_known ? reads.bits[query - 1] : tile_bits(seen[row], segment.num_entries, first);
+          is_known ? reads.bits[query - 1]
+                   : tile_bits(seen[in_group / item.num_heads], segment.num_entries, first);
       reads.any |= reads.bits[query];
     }
-    reads.tile = find_tile(call.cache, segment, item.kv_head, first, reads.any);
+    const int kv_head = item.first_kv_head + block.begin / item.group_size();
+    reads.tile = find_tile(call.cache, segment, kv_head, first, reads.any);
   }
 
   template <class T>
-  void score(const Reads& reads, const Tile& next, float* scores) const {
+  void score(const QueryBlock& block, const Reads& reads, const Tile& next, float* scores) const {
     const Tile ahead = fill_gaps(next, reads.tile);
-    for_query_groups(count, [&]<int R>(int query) {
+    for_query_groups(block.count, [&]<int R>(int query) {
       score_tile<T, R>(reads.tile, query == 0 ? ahead : reads.tile,
-                       queries.vectors + (begin + query) * queries.width, call.head_dim,
+                       queries.of<T>(block.begin + query), call.head_dim,
                        scores + query * kTileEntries);
     });
   }
 
-  void weigh(const Reads& reads, float* scores, Rescaling& rescaling) const {
-    for (int query = 0; query < count; ++query) {
+  template <class T>
+  void weigh(const QueryBlock& block, const Reads& reads, float* scores,
+             Rescaling& rescaling) const {
+    for (int query = 0; query < block.count; ++query) {
       float* own = scores + query * kTileEntries;
       finish_scores(call, segment, reads.first, reads.bits[query], own);
       rescaling.tile_maximum[query] = maximum_of_tile(own);
     }
-    raise_maxima(rescaling, gathered.maximum + begin, count);
-    for (int query = 0; query < count; ++query)
-      weigh_tile(scores + query * kTileEntries, rescaling.shift[query], rescaling.factor[query],
-                 gathered.sums + 16 * (begin + query));
+    raise_maxima(rescaling, gathered.maximum + block.begin, block.count);
+    for (int query = 0; query < block.count; ++query) {
+      float* own = scores + query * kTileEntries;
+      weigh_tile(own, rescaling.shift[query], rescaling.factor[query],
+                 gathered.sums + 16 * (block.begin + query));
+      make_factors<T>(own);
+    }
   }
 
   template <class T>
-  void add(const Reads& reads, const Tile& next, const float* weights,
+  void add(const QueryBlock& block, const Reads& reads, const Tile& next, const float* weights,
            const Rescaling& rescaling) const {
     const Tile ahead = fill_gaps(next, reads.tile);
-    for_query_groups(count, [&]<int R>(int query) {
+    for_query_groups(block.count, [&]<int R>(int query) {
       uint64_t any = 0;
       for (int r = 0; r < R; ++r) any |= reads.bits[query + r];
       add_tile<T, R>(reads.tile, query == 0 ? ahead : reads.tile, any,
-                     weights + query * kTileEntries, rescaling.factor + query, call.head_dim,
-                     gathered.values + (begin + query) * queries.width, queries.width);
+                     factors_of<T>(weights + query * kTileEntries), rescaling.factor + query,
+                     call.head_dim, gathered.values + (block.begin + query) * queries.width,
+                     queries.width);
     });
   }
 
+  // All blocks tile by tile: in the order in which memory has what they read.
   template <class T>
   void run(int64_t first, int64_t last) const {
     alignas(64) float scores[kBlockQueries * kTileEntries];
     Reads reads[2];
     Rescaling rescaling;
-    find(reads[0], first, last);
-    prefetch_tile(reads[0].tile, call.head_dim * sizeof(T));
-    for (int64_t entry = first; entry < last; entry += kTileEntries) {
-      const int now = entry / kTileEntries % 2;
-      const Tile& next = reads[1 - now].tile;
-      find(reads[1 - now], entry + kTileEntries, last);
-      if (reads[now].any == 0) continue;
-      score<T>(reads[now], next, scores);
-      weigh(reads[now], scores, rescaling);
-      add<T>(reads[now], next, scores, rescaling);
-    }
+    int now = 0;
+    find(blocks[0], first, last, reads[now]);
+    prefetch_tile(reads[now].tile, call.head_dim * sizeof(T));
+    for (int64_t entry = first; entry < last; entry += kTileEntries)
+      for (int i = 0; i < num_blocks; ++i, now = 1 - now) {
+        const bool is_last = i + 1 == num_blocks;
+        Reads& after = reads[1 - now];
+        find(blocks[is_last ? 0 : i + 1], is_last ? entry + kTileEntries : entry, last, after);
+        if (reads[now].any == 0) continue;
+        score<T>(blocks[i], reads[now], after.tile, scores);
+        weigh<T>(blocks[i], reads[now], scores, rescaling);
+        add<T>(blocks[i], reads[now], after.tile, scores, rescaling);
+      }
   }
 };
 
 // One chunk of a segment, from nothing.
 void attend_chunk(const AttentionCall& call, const AttentionItem& item, const Segment& segment,
-                  int64_t chunk, const Queries& queries, Gathered& gathered) {
+                  int64_t index, const Queries& queries, Gathered& gathered) {
   for (int i = 0; i < queries.count; ++i) {
     gathered.maximum[i] = -infinity();
     store(gathered.sums + 16 * i, zero());
     for (int d = 0; d < queries.width; d += 16)
       store(gathered.values + i * queries.width + d, zero());
   }
-  Visible seen[kMaxItemQueries];
+  Chunk chunk = {call, item, segment, queries, gathered, {}, {}, 0};
   for (int row = 0; row < item.num_rows; ++row) {
     const int64_t in_span = item.first_row + row;
-    seen[row] = visible_entries(segment, call.positions[item.span->first_row + in_span], in_span);
+    chunk.seen[row] =
+        visible_entries(segment, call.positions[item.span->first_row + in_span], in_span);
   }
-  const int64_t first = chunk * kChunkEntries;
+  for_blocks(item, [&](const QueryBlock& block) { chunk.blocks[chunk.num_blocks++] = block; });
+  const int64_t first = index * kChunkEntries;
   int64_t last = first + kChunkEntries;
   if (last > segment.num_entries) last = segment.num_entries;
-  for (int begin = 0; begin < queries.count; begin += kBlockQueries) {
-    const int count = smaller(kBlockQueries, queries.count - begin);
-    const Block block = {call, item, segment, seen, queries, gathered, begin, count};
-    if (call.cache.type == KVType::float32)
-      block.run<float>(first, last);
-    else
-      block.run<uint16_t>(first, last);
-  }
-  if (call.cache.type == KVType::bfloat16)
-    for (int i = 0; i < queries.count; ++i)
-      unpair(gathered.values + i * queries.width, queries.width);
+  if (call.cache.type == KVType::float32)
+    chunk.run<float>(first, last);
+  else
+    chunk.run<uint16_t>(first, last);
 }
 
 // Add the head's sink, divide by the sum, write out. Adding zero turns -0, which an entry that is
 // masked for this query but not for its neighbours could have flipped, into +0.
 void finish_query(const AttentionCall& call, const AttentionItem& item, int query, Softmax softmax,
                   float* values, int width) {
-  const int64_t row = item.span->first_row + item.first_row + query / item.num_heads;
-  const int head = item.kv_head * (call.num_heads / call.num_kv_heads) + item.first_head +
-                   query % item.num_heads;
+  const auto [row, head] = Place(call, item, query);
   if (call.sinks) {
     alignas(64) float nothing[kMaxHeadDim];
     for (int d = 0; d < width; d += 16) store(nothing + d, zero());
@@ -239,7 +282,7 @@ void attend_part(const AttentionCall& call, const AttentionItem& item, int64_t i
 }
 
 void merge_parts(const AttentionCall& call, const AttentionItem& item) {
-  const int count = item.num_rows * item.num_heads, width = (call.head_dim + 15) / 16 * 16;
+  const int count = item.num_queries(), width = (call.head_dim + 15) / 16 * 16;
   int64_t num_parts = 0;
   for (int64_t s = 0; s < item.span->num_segments; ++s)
     num_parts += num_chunks(item.span->segments[s]);
@@ -263,7 +306,7 @@ void sum_weights(const AttentionCall& call, const SumItem& sum) {
   alignas(64) float scores[kTileEntries];
   for (int64_t row = 0; row < sum.span->num_rows; ++row)
     for (int h = 0; h < heads_per_kv; ++h) {
-      const AttentionItem item = {sum.span, row, 1, sum.kv_head, h, 1, nullptr};
+      const AttentionItem item = {sum.span, row, 1, sum.kv_head, 1, h, 1, nullptr};
       load_queries(call, item, queries);
       const int64_t step_row = sum.span->first_row + row;
       const int head = sum.kv_head * heads_per_kv + h;
@@ -279,9 +322,9 @@ void sum_weights(const AttentionCall& call, const SumItem& sum) {
           if (bits == 0) continue;
           const Tile tile = find_tile(call.cache, segment, sum.kv_head, first, bits);
           if (call.cache.type == KVType::float32)
-            score_tile<float, 1>(tile, tile, queries.vectors, call.head_dim, scores);
+            score_tile<float, 1>(tile, tile, queries.of<float>(0), call.head_dim, scores);
           else
-            score_tile<uint16_t, 1>(tile, tile, queries.vectors, call.head_dim, scores);
+            score_tile<uint16_t, 1>(tile, tile, queries.of<uint16_t>(0), call.head_dim, scores);
           finish_scores(call, segment, first, bits, scores);
           for (int i = 0; i < kTileEntries; i += 16)
             store(scores + i, mul(exp(sub(load(scores + i), maximum)), inverse));
@@ -327,12 +370,13 @@ bool write_key(const CacheView& cache, int64_t slot, int kv_head, const float* k
 
 bool write_value(const CacheView& cache, int64_t slot, int kv_head, const float* value) {
   char* head = head_of(cache, slot, kv_head) + cache.value_bytes;
-  const int64_t at = slot % cache.block_size * cache.head_dim;
-  for (int64_t d = 0; d < cache.head_dim; ++d) {
+  const int64_t entry = slot % cache.block_size, size = cache.head_dim;
+  for (int64_t d = 0; d < size; ++d) {
     if (cache.type == KVType::float32)
-      reinterpret_cast<float*>(head)[at + d] = value[d];
+      reinterpret_cast<float*>(head)[entry * size + d] = value[d];
     else
-      reinterpret_cast<uint16_t*>(head)[at + d] = float_to_bf16(value[d]);
+      reinterpret_cast<uint16_t*>(head)[(entry / 2 * size + d) * 2 + entry % 2] =
+          float_to_bf16(value[d]);
   }
   return is_storable(cache, value);
 }

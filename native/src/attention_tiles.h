@@ -50,14 +50,96 @@ Tile fill_gaps(Tile next, const Tile& tile) {
   return next;
 }
 
-// Keys of 16 entries of dimension d + step: float32 has one dimension a vector, bfloat16 two.
-inline F32x16 load_keys(const float* keys, int d, int) {
-  return load(keys + 16 * d);
+// What all lanes of a vector of the cache are multiplied with, which is rounded as the cache is:
+// one element of float32, two of bfloat16.
+#if VIVACE_LEVEL >= 4
+using PairFactor = uint32_t;
+inline PairFactor pair_factor(float even, float odd) {
+  return float_to_bf16(even) | static_cast<uint32_t>(float_to_bf16(odd)) << 16;
+}
+inline float even_of(PairFactor pair) {
+  return bf16_to_float(static_cast<uint16_t>(pair));
+}
+#else
+struct PairFactor {
+  float even, odd;
+};
+inline PairFactor pair_factor(float even, float odd) {
+  return {bf16_to_float(float_to_bf16(even)), bf16_to_float(float_to_bf16(odd))};
+}
+inline float even_of(PairFactor pair) {
+  return pair.even;
+}
+#endif
+
+// How a cache's vectors of 64 bytes are used: 16 lanes of one element, or of two side by side.
+template <class T>
+struct Cached;
+
+template <>
+struct Cached<float> {
+  static constexpr int kElements = 1;
+  using Vector = F32x16;
+  using Factor = float;
+
+  VIVACE_MEMBER static Vector load_vector(const char* p) {
+    return load(reinterpret_cast<const float*>(p));
+  }
+  VIVACE_MEMBER static Vector keep(Vector x, unsigned) { return x; }
+  VIVACE_MEMBER static F32x16 add_product(F32x16 sum, Vector x, Factor factor) {
+    return fma(set1(factor), x, sum);
+  }
+};
+
+template <>
+struct Cached<uint16_t> {
+  static constexpr int kElements = 2;
+  using Vector = Pairs;
+  using Factor = PairFactor;
+
+  VIVACE_MEMBER static Vector load_vector(const char* p) {
+    return load_pairs(reinterpret_cast<const uint16_t*>(p));
+  }
+  // The even elements (bit 0), the odd ones (bit 1), or both; zeros for others.
+  VIVACE_MEMBER static Vector keep(Vector x, unsigned bits) {
+    uint32_t lanes[16];
+    __builtin_memcpy(lanes, &x, 64);
+    for (uint32_t& lane : lanes) lane &= (bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u);
+    __builtin_memcpy(&x, lanes, 64);
+    return x;
+  }
+  VIVACE_MEMBER static F32x16 add_product(F32x16 sum, Vector x, Factor factor) {
+#if VIVACE_LEVEL >= 4
+    return dot_bf16(sum, x, Pairs{_mm512_set1_epi32(static_cast<int>(factor))});
+#else
+    sum = fma(set1(factor.odd), odd_elements(x), sum);
+    return fma(set1(factor.even), even_elements(x), sum);
+#endif
+  }
+};
+
+// Weights of a tile's entries, which take the place of its scores.
+template <class T>
+constexpr int kWeightStride =
+    kTileEntries * 4 / static_cast<int>(sizeof(typename Cached<T>::Factor));
+
+template <class T>
+const typename Cached<T>::Factor* factors_of(const float* weights) {
+  return reinterpret_cast<const typename Cached<T>::Factor*>(weights);
 }
 
-inline F32x16 load_keys(const uint16_t* keys, int d, int step) {
-  const Pairs pairs = load_pairs(keys + 16 * d);
-  return step == 0 ? even_elements(pairs) : odd_elements(pairs);
+template <class T>
+void make_factors(float* weights) {
+  if constexpr (Cached<T>::kElements == 2) {
+    uint16_t halves[kTileEntries];
+    for (int i = 0; i < kTileEntries; i += 32)
+      store_pairs(halves + i, to_pairs(load(weights + i), load(weights + i + 16)));
+#if VIVACE_LEVEL >= 4
+    __builtin_memcpy(weights, halves, sizeof(halves));
+#else
+    for (int i = 0; i < kTileEntries; i += 16) store(weights + i, load_bf16(halves + i));
+#endif
+  }
 }
 
 // Into the second-level cache: the first has no room for two tiles.
@@ -78,28 +160,25 @@ void prefetch_tile(const Tile& tile, int64_t entry_bytes) {
 // asked for ahead of its use: hardware does not look past a page's end.
 template <class T, int R, int C>
 [[gnu::noinline]] void score_groups(const char* const* keys, const char* const* next,
-                                    const float* queries, int head_dim, float* scores) {
-  constexpr int kStep = 4 / sizeof(T);  // dimensions of a vector's 64 bytes
+                                    const typename Cached<T>::Factor* queries, int num_vectors,
+                                    float* scores) {
   F32x16 sum[R][C];
   VIVACE_UNROLL
   for (int r = 0; r < R; ++r) {
     VIVACE_UNROLL
     for (int c = 0; c < C; ++c) sum[r][c] = zero();
   }
-  for (int d = 0; d + kStep <= head_dim; d += kStep) {
+  for (int i = 0; i < num_vectors; ++i) {
     VIVACE_UNROLL
-    for (int c = 0; c < C; ++c) prefetch(next[c] + 16 * sizeof(T) * d);
+    for (int c = 0; c < C; ++c) prefetch(next[c] + 64 * i);
+    typename Cached<T>::Vector key[C];
     VIVACE_UNROLL
-    for (int step = 0; step < kStep; ++step) {
-      F32x16 key[C];
+    for (int c = 0; c < C; ++c) key[c] = Cached<T>::load_vector(keys[c] + 64 * i);
+    VIVACE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const typename Cached<T>::Factor query = queries[R * i + r];
       VIVACE_UNROLL
-      for (int c = 0; c < C; ++c) key[c] = load_keys(reinterpret_cast<const T*>(keys[c]), d, step);
-      VIVACE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const F32x16 query = set1(queries[R * (d + step) + r]);
-        VIVACE_UNROLL
-        for (int c = 0; c < C; ++c) sum[r][c] = fma(query, key[c], sum[r][c]);
-      }
+      for (int c = 0; c < C; ++c) sum[r][c] = Cached<T>::add_product(sum[r][c], key[c], query);
     }
   }
   VIVACE_UNROLL
@@ -111,65 +190,53 @@ template <class T, int R, int C>
 
 // The last of an odd number of bfloat16 dimensions, which has no pair.
 template <int R, int C>
-[[gnu::noinline]] void score_last(const char* const* keys, const float* queries, int head_dim,
+[[gnu::noinline]] void score_last(const char* const* keys, const PairFactor* queries, int head_dim,
                                   float* scores) {
   const int d = head_dim - 1;
   for (int c = 0; c < C; ++c) {
     const F32x16 key = load_bf16(reinterpret_cast<const uint16_t*>(keys[c]) + 16 * d);
     for (int r = 0; r < R; ++r) {
       float* score = scores + r * kTileEntries + 16 * c;
-      store(score, fma(set1(queries[R * d + r]), key, load(score)));
+      store(score, fma(set1(even_of(queries[R * (d / 2) + r])), key, load(score)));
     }
   }
 }
 
+template <class T, int R, int C>
+void score_some(const char* const* keys, const char* const* next,
+                const typename Cached<T>::Factor* queries, int head_dim, float* scores) {
+  score_groups<T, R, C>(keys, next, queries, head_dim / Cached<T>::kElements, scores);
+  if constexpr (Cached<T>::kElements == 2)
+    if (head_dim % 2 != 0) score_last<R, C>(keys, queries, head_dim, scores);
+}
+
 template <class T, int R>
-void score_tile(const Tile& tile, const Tile& next, const float* queries, int head_dim,
-                float* scores) {
+void score_tile(const Tile& tile, const Tile& next, const typename Cached<T>::Factor* queries,
+                int head_dim, float* scores) {
   constexpr int C = kVectorTile;
-  const bool is_odd = sizeof(T) == 2 && head_dim % 2 != 0;
   for (int group = 0; group < 4; group += C) {
     bool all = true;
     for (int c = 0; c < C; ++c) all &= tile.keys[group + c] != nullptr;
     if (all) {
-      score_groups<T, R, C>(tile.keys + group, next.keys + group, queries, head_dim,
-                            scores + 16 * group);
-      if (is_odd) score_last<R, C>(tile.keys + group, queries, head_dim, scores + 16 * group);
+      score_some<T, R, C>(tile.keys + group, next.keys + group, queries, head_dim,
+                          scores + 16 * group);
       continue;
     }
     for (int c = group; c < group + C; ++c)
-      if (tile.keys[c]) {
-        score_groups<T, R, 1>(tile.keys + c, next.keys + c, queries, head_dim, scores + 16 * c);
-        if (is_odd) score_last<R, 1>(tile.keys + c, queries, head_dim, scores + 16 * c);
-      }
+      if (tile.keys[c])
+        score_some<T, R, 1>(tile.keys + c, next.keys + c, queries, head_dim, scores + 16 * c);
   }
 }
 
-// C vectors of a value. Two of bfloat16 are the even and the odd of 32 dimensions: see `unpair`.
-template <int C>
-void load_value(const float* from, F32x16* to) {
-  for (int c = 0; c < C; ++c) to[c] = load(from + 16 * c);
-}
-
-template <int C>
-void load_value(const uint16_t* from, F32x16* to) {
-  if constexpr (C == 1) {
-    to[0] = load_bf16(from);
-  } else {
-    for (int c = 0; c < C; c += 2) {
-      const Pairs pairs = load_pairs(from + 16 * c);
-      to[c] = even_elements(pairs);
-      to[c + 1] = odd_elements(pairs);
-    }
-  }
-}
-
-// values[r] = values[r] * factors[r] + weights[r][entry] * value[entry], entry by entry, for R
-// queries and C vectors.
+// values[r] = values[r] * factors[r] + weights[r][entry] * value[entry], in the order of entries
+// (of two side by side the odd one first), for R queries and C vectors of 16 dimensions. Entries
+// that no query reads may hold anything.
 template <class T, int R, int C>
 [[gnu::noinline]] void add_values(const Tile& tile, const Tile& next, uint64_t bits,
-                                  const float* weights, const float* factors, int head_dim,
-                                  int from, float* values, int64_t stride) {
+                                  const typename Cached<T>::Factor* weights, const float* factors,
+                                  int head_dim, int from, float* values, int64_t stride) {
+  constexpr int kElements = Cached<T>::kElements;
+  constexpr uint64_t kAll = (uint64_t{1} << kElements) - 1;
   F32x16 sum[R][C];
   VIVACE_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -177,19 +244,25 @@ template <class T, int R, int C>
     for (int c = 0; c < C; ++c)
       sum[r][c] = mul(load(values + r * stride + from + 16 * c), set1(factors[r]));
   }
-  for (; bits != 0; bits &= bits - 1) {
-    const int entry = __builtin_ctzll(bits);
-    const int64_t place = (int64_t{entry % 16} * head_dim + from) * sizeof(T);
-    const char* value = tile.values[entry / 16] + place;
-    for (size_t byte = 0; byte < 16 * C * sizeof(T); byte += 64)
-      prefetch(next.values[entry / 16] + place + byte);
-    F32x16 loaded[C];
-    load_value<C>(reinterpret_cast<const T*>(value), loaded);
+  while (bits != 0) {
+    const int entry = __builtin_ctzll(bits) & -kElements, group = entry / 16;
+    const auto seen = static_cast<unsigned>(bits >> entry & kAll);
+    bits &= ~(kAll << entry);
+    const int64_t place = (int64_t{entry % 16 / kElements} * head_dim + from) * 4;
+    const char *value = tile.values[group] + place, *ahead = next.values[group] + place;
+    typename Cached<T>::Vector loaded[C];
+    VIVACE_UNROLL
+    for (int c = 0; c < C; ++c) {
+      prefetch(ahead + 64 * c);
+      loaded[c] = Cached<T>::load_vector(value + 64 * c);
+    }
+    if (seen != kAll) [[unlikely]]
+      for (auto& vector : loaded) vector = Cached<T>::keep(vector, seen);
     VIVACE_UNROLL
     for (int r = 0; r < R; ++r) {
-      const F32x16 weight = set1(weights[r * kTileEntries + entry]);
+      const auto weight = weights[r * kWeightStride<T> + entry / kElements];
       VIVACE_UNROLL
-      for (int c = 0; c < C; ++c) sum[r][c] = fma(weight, loaded[c], sum[r][c]);
+      for (int c = 0; c < C; ++c) sum[r][c] = Cached<T>::add_product(sum[r][c], loaded[c], weight);
     }
   }
   VIVACE_UNROLL
@@ -200,8 +273,9 @@ template <class T, int R, int C>
 }
 
 template <class T, int R>
-void add_tile(const Tile& tile, const Tile& next, uint64_t bits, const float* weights,
-              const float* factors, int head_dim, float* values, int width) {
+void add_tile(const Tile& tile, const Tile& next, uint64_t bits,
+              const typename Cached<T>::Factor* weights, const float* factors, int head_dim,
+              float* values, int width) {
   constexpr int C = kVectorTile;
   int from = 0;
   for (; from + 16 * C <= width; from += 16 * C)
@@ -211,19 +285,6 @@ void add_tile(const Tile& tile, const Tile& next, uint64_t bits, const float* we
       add_values<T, R, 2>(tile, next, bits, weights, factors, head_dim, from, values, width);
   for (; from < width; from += 16)
     add_values<T, R, 1>(tile, next, bits, weights, factors, head_dim, from, values, width);
-}
-
-// Brings what `load_value` took apart back into the order of dimensions.
-void unpair(float* values, int width) {
-  if (kVectorTile == 1) return;
-  for (int d = 0; d + 32 <= width; d += 32) {
-    float apart[32];
-    __builtin_memcpy(apart, values + d, sizeof(apart));
-    for (int i = 0; i < 16; ++i) {
-      values[d + 2 * i] = apart[i];
-      values[d + 2 * i + 1] = apart[16 + i];
-    }
-  }
 }
 
 // f.operator()<R>(first) for groups of at most kQueryTile queries of nearly equal sizes R.

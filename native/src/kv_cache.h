@@ -2,9 +2,10 @@
 //
 // A block holds `block_size` entries of every layer of the group: [layer][kv_head] of
 // keys [block_size/16 tiles][head_dim][16 entries], then values [block_size][head_dim]. Keys lie
-// dimension-major in tiles so that scores are chains over the dimensions with entries in lanes. Two
-// dimensions of bfloat16 keys lie side by side, [head_dim/2][16 entries][2], so that widening a
-// vector takes one operation; the last of an odd number lies alone.
+// dimension-major in tiles so that scores are chains over the dimensions with entries in lanes. Of
+// bfloat16 the two elements that a chain takes together lie side by side: keys
+// [head_dim/2][16 entries][2], the last dimension of an odd number alone, and values
+// [block_size/2][head_dim][2].
 #pragma once
 
 #include <cstddef>
