@@ -6,8 +6,7 @@ namespace vivace {
 
 namespace {
 
-// With fewer items than this, long reads are split so that every thread finds work.
-constexpr size_t kEnoughItems = 64;
+// Work is cut at least so finely that no item is a larger share of it.
 constexpr int kItemsPerThread = 4;
 
 int64_t num_chunks(const Span& span) {
@@ -26,7 +25,7 @@ int shares_of(int count, int most) {
 void Attend::run(const Kernels& kernels, Pool& pool, const AttentionCall& call, float* sums) {
   const AttentionKernels& attention = *kernels.attention;
   make_items(call, pool.threads());
-  split_items(call);
+  split_items(call, pool.threads());
   pool.parallel(static_cast<int64_t>(parts_.size()), [&](int64_t index, int) {
     const auto [item, chunk] = parts_[index];
     if (chunk < 0)
@@ -76,13 +75,15 @@ void Attend::make_items(const AttentionCall& call, int threads) {
   }
 }
 
-void Attend::split_items(const AttentionCall& call) {
+void Attend::split_items(const AttentionCall& call, int threads) {
   parts_.clear();
   split_.clear();
   size_t num_floats = 0;
+  int64_t total = 0;
+  for (const AttentionItem& item : items_) total += num_chunks(*item.span) * item.num_queries();
   for (size_t i = 0; i < items_.size(); ++i) {
-    const int64_t chunks = num_chunks(*items_[i].span);
-    if (chunks < 2 || items_.size() >= kEnoughItems) {
+    const int64_t chunks = num_chunks(*items_[i].span), work = chunks * items_[i].num_queries();
+    if (chunks < 2 || work * kItemsPerThread * threads <= total) {
       parts_.emplace_back(i, -1);
       continue;
     }

@@ -17,7 +17,7 @@ class Attend {
 
  private:
   void make_items(const AttentionCall& call, int threads);
-  void split_items(const AttentionCall& call);
+  void split_items(const AttentionCall& call, int threads);
 
   std::vector<AttentionItem> items_;
   std::vector<std::pair<int32_t, int32_t>> parts_;  // (item, chunk), or (item, -1) for all of it

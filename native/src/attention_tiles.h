@@ -53,7 +53,7 @@ Tile fill_gaps(Tile next, const Tile& tile) {
 // What all lanes of a vector of the cache are multiplied with, which is rounded as the cache is:
 // one element of float32, two of bfloat16.
 #if VIVACE_LEVEL >= 4
-using PairFactor = uint32_t;
+using PairFactor [[gnu::may_alias]] = uint32_t;  // lies where floats were
 inline PairFactor pair_factor(float even, float odd) {
   return float_to_bf16(even) | static_cast<uint32_t>(float_to_bf16(odd)) << 16;
 }
@@ -61,7 +61,7 @@ inline float even_of(PairFactor pair) {
   return bf16_to_float(static_cast<uint16_t>(pair));
 }
 #else
-struct PairFactor {
+struct [[gnu::may_alias]] PairFactor {
   float even, odd;
 };
 inline PairFactor pair_factor(float even, float odd) {

@@ -322,7 +322,7 @@ struct PairSums {
  private:
   VIVACE_MEMBER static void add(Lanes& sum, Lanes codes, Lanes x) {
     sum = VIVACE_M(add_epi16)(sum, VIVACE_M(maddubs_epi16)(codes, x));
-    __asm__("" : "+x"(sum));  // in this order: else all products are made first, and kept in memory
+    __asm__("" : "+v"(sum));  // in this order: else all products are made first, and kept in memory
   }
 };
 

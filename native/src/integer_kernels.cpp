@@ -3,7 +3,7 @@
 // Lanes are outputs. Inside a group of inputs the sum is exact in 32 bits; then one multiply-add
 // per group, in order of K, joins the output's float32 sum. So an output's bits depend on K and the
 // format alone, whatever the rows of a tile and the instruction set. Codes are unpacked once for
-// all rows of a tile. Few rows have kernels of their own (integer_tiles.h).
+// all rows of a tile. Whole units have tiles of their own (integer_tiles.h).
 #include "integer_tiles.h"
 #include "linear.h"
 
@@ -131,8 +131,10 @@ void multiply_rows(int T, const Source& source, const Tile& tile) {
 template <int kBits>
 void multiply_wide(int T, const Format& format, const void* unit, const Tile& tile) {
   switch (T) {
+#if VIVACE_LEVEL != 1
     case 4:
       return multiply_unit<kBits, 4>(format, unit, tile);
+#endif
     case 3:
       return multiply_unit<kBits, 3>(format, unit, tile);
     case 2:
@@ -142,18 +144,18 @@ void multiply_wide(int T, const Format& format, const void* unit, const Tile& ti
   }
 }
 
-// Calls f(first, count) for each of a number of even shares of rows.
+int shares_of(int rows, int most) {
+  return (rows + most - 1) / most;
+}
+
+// Calls f(first, count) for each of a number of even shares of rows, the larger ones first.
 template <class F>
 void for_shares(int rows, int num_shares, F f) {
   for (int first = 0, i = 0; i < num_shares; ++i) {
-    const int count = (rows - first) / (num_shares - i);
+    const int count = shares_of(rows - first, num_shares - i);
     f(first, count);
     first += count;
   }
-}
-
-int shares_of(int rows, int most) {
-  return (rows + most - 1) / most;
 }
 
 // What `of` is from a row on.
@@ -164,24 +166,25 @@ Tile from_row(const Tile& of, int row) {
   return tile;
 }
 
-// All rows times a unit of codes.
+// All rows times a unit of codes; `following` is the next one, or null.
 template <int kBits>
-void multiply_unit_rows(const Format& format, int rows, const char* unit, size_t unit_bytes,
-                        const Tile& unit_tile) {
+void multiply_unit_rows(const Format& format, int rows, const char* unit, size_t bytes,
+                        const char* following, const Tile& unit_tile) {
   alignas(64) float partial[kChunkRows][kPanels * kPanelOutputs];
   const int tiles = shares_of(rows, kWideRows);
   const int num_steps = (unit_tile.K + kStepInputs - 1) / kStepInputs;
   const int group_steps = unit_tile.input_group / kStepInputs;
-  const size_t step_bytes = unit_bytes / static_cast<size_t>(num_steps);
+  const size_t step_bytes = bytes / static_cast<size_t>(num_steps);
   const int groups = static_cast<int>(kChunkBytes / step_bytes) / group_steps;
   const bool is_whole = tiles == 1 || rows > kChunkRows;
   const int chunk = is_whole ? num_steps : (groups > 0 ? groups : 1) * group_steps;
   // A single tile is followed by memory's prefetchers, unless its arithmetic holds them up.
   const int bringing = tiles >= kBringing<kBits> ? kBringing<kBits> : 0;
-  const size_t distance = tiles == 1 ? kChunkBytes : static_cast<size_t>(chunk) * step_bytes;
   for (int step = 0; step < num_steps; step += chunk) {
     const int to_step = step + chunk < num_steps ? step + chunk : num_steps;
-    const char* next = unit + static_cast<size_t>(step) * step_bytes + distance;
+    const char* next = tiles == 1            ? unit + kChunkBytes
+                       : to_step < num_steps ? unit + static_cast<size_t>(to_step) * step_bytes
+                                             : following;
     const size_t share = static_cast<size_t>(to_step - step) * step_bytes / kBringing<kBits>;
     int i = 0;
     for_shares(rows, tiles, [&](int first, int count) {
@@ -189,7 +192,7 @@ void multiply_unit_rows(const Format& format, int rows, const char* unit, size_t
       tile.from_step = step;
       tile.to_step = to_step;
       tile.partial = is_whole ? nullptr : partial[first];
-      tile.bring = i < bringing ? next + static_cast<size_t>(i) * share : nullptr;
+      if (i < bringing && next != nullptr) tile.bring = next + static_cast<size_t>(i) * share;
       multiply_wide<kBits>(count, format, unit, tile);
       ++i;
     });
@@ -201,7 +204,7 @@ void multiply_as(const Format& format, const LinearItem& item) {
   const size_t unit = unit_bytes(format, item.K);
   const int tiles = shares_of(item.M, kTileRows);
   const auto* weight = static_cast<const char*>(item.weight);
-  Tile tile;
+  Tile tile = {};
   tile.K = item.K;
   tile.input_group = format.input.group;
   tile.input = int8_layout(format.input, item.K);
@@ -211,30 +214,32 @@ void multiply_as(const Format& format, const LinearItem& item) {
   const size_t steps = (static_cast<size_t>(item.K) + kStepInputs - 1) / kStepInputs;
   constexpr int kUnitOutputs = Source::kUnitPanels * kPanelOutputs;
   const auto unit_of = [&](int n) { return weight + static_cast<size_t>(n / kUnitOutputs) * unit; };
-  // Panels from output n on are next; while they are read, their share of the unit after them is
-  // brought.
-  const auto aim = [&](int n, int panels) {
+  const auto unit_after = [&](int n) {
+    const int after = (n / kUnitOutputs + 1) * kUnitOutputs;
+    return after < item.rows ? unit_of(after) : static_cast<const char*>(item.next);
+  };
+  const auto aim = [&](int n) {
     tile.outputs = item.rows - n;
     tile.bias = item.bias == nullptr ? nullptr : item.bias + n;
     tile.y = item.y + n;
-    const int after = (n / kUnitOutputs + 1) * kUnitOutputs;
-    const auto* next = after < item.rows ? unit_of(after) : static_cast<const char*>(item.next);
-    const size_t share = unit / Source::kUnitPanels * panels;
-    const size_t panel = static_cast<size_t>(n % kUnitOutputs) / kPanelOutputs;
-    tile.ahead = {next, panel * share, panel * share, next == nullptr ? 0 : share / steps};
   };
   int n = 0;
   if constexpr (Source::kGroup == 0) {
     if (item.M <= kWideRows || kPrefersUnits) {
       for (; n + kUnitOutputs <= item.rows; n += kUnitOutputs) {
-        aim(n, kPanels);
-        multiply_unit_rows<Source::kBits>(format, item.M, unit_of(n), unit, tile);
+        aim(n);
+        multiply_unit_rows<Source::kBits>(format, item.M, unit_of(n), unit, unit_after(n), tile);
       }
     }
   }
   for (; n < item.rows; n += kPanelOutputs) {
     const Source source(format, item.K, unit_of(n), n % kUnitOutputs / kPanelOutputs);
-    aim(n, 1);
+    aim(n);
+    // While a panel is read, its share of the unit after it is brought.
+    const char* next = unit_after(n);
+    const size_t share = unit / Source::kUnitPanels;
+    const size_t from = static_cast<size_t>(n % kUnitOutputs / kPanelOutputs) * share;
+    tile.ahead = {next, from, from, next == nullptr ? 0 : share / steps};
     const auto multiply = [&](const auto& from) {
       for_shares(item.M, tiles, [&](int first, int count) {
         multiply_rows(count, from, from_row(tile, first));
@@ -340,18 +345,21 @@ void read(const Format& format, int32_t K, const void* unit, int output, float f
 // ---------------------------------------------------------------- what the machine can do at most
 
 double peak(int64_t rounds) {
-  constexpr int kChains = VIVACE_LEVEL >= 2 ? 24 : 4;
+  constexpr int kChains = VIVACE_LEVEL >= 3 ? 24 : VIVACE_LEVEL == 2 ? 8 : 4;
   uint8_t raw[64];
-  int8_t four[32];
+  int8_t inputs[kChains][32];
   for (int i = 0; i < 64; ++i) raw[i] = 3;
-  for (int i = 0; i < 32; ++i) four[i] = 1;
+  for (auto& row : inputs)
+    for (int8_t& input : row) input = 1;
   const Bytes64 codes = load_bytes(raw);
   I32x16 sums[kChains];
   VIVACE_UNROLL
   for (int i = 0; i < kChains; ++i) sums[i] = set1_i32(i);
   for (int64_t round = 0; round < rounds; ++round) {
-    dot<kChains, 8, 15>(sums, [&](int) { return codes; }, [&](int) { return four; });
-    __asm__ volatile("" : : : "memory");
+    // Chains have inputs of their own where equal products would be made once.
+    __asm__ volatile("" : "+m"(inputs));
+    dot<kChains, 8, 15>(
+        sums, [&](int) { return codes; }, [&](int r) { return inputs[VIVACE_LEVEL >= 3 ? 0 : r]; });
   }
   int32_t total = 0;
   VIVACE_UNROLL

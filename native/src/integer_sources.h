@@ -33,15 +33,22 @@ constexpr int kVectorStride = kPanels * 64;  // from one vector of a panel to it
 template <int kBits>
 constexpr int kPlaceBits = kBits == 3 ? 2 : kBits;
 
-// The codes of inputs 4 j .. 4 j + 3 of a panel's step.
+// The codes of inputs 4 j .. 4 j + 3 of a panel's step, of which `raw` has vector j % kPlaceBits,
+// and `third` the third bits if there are any.
 template <int kBits>
-VIVACE_INLINE Bytes64 code_at(const uint8_t* step, int j) {
+VIVACE_INLINE Bytes64 code_of(Bytes64 raw, const uint8_t* third, int j) {
   constexpr int kPlace = kPlaceBits<kBits>;
-  const Bytes64 raw = load_bytes(step + j % kPlace * kVectorStride);
   if constexpr (kBits == 8) return raw;
   const Bytes64 code = bits_at(raw, j / kPlace * kPlace, (1 << kPlace) - 1);
   if constexpr (kBits != 3) return code;
-  return or_bit(code, load_bytes(step + kPlace * kVectorStride), j, kPlace);
+  return or_bit(code, load_bytes(third), j, kPlace);
+}
+
+template <int kBits>
+VIVACE_INLINE Bytes64 code_at(const uint8_t* step, int j) {
+  constexpr int kPlace = kPlaceBits<kBits>;
+  return code_of<kBits>(load_bytes(step + j % kPlace * kVectorStride),
+                        step + kPlace * kVectorStride, j);
 }
 
 template <int kCodeBits>
@@ -57,7 +64,6 @@ struct Panels {
   ScaleType scale_type;
   bool has_zeros, is_row;  // is_row: one scale for all of K
 
-  Panels() = default;
   Panels(const Format& format, int32_t K, const void* unit, int panel)
       : scale_type(format.scale), has_zeros(format.has_zeros), is_row(format.group == 0) {
     const CodesLayout layout = codes_layout(format, K);
@@ -101,7 +107,6 @@ struct Rows {
   size_t stride;
   Bytes64 codes[8];  // of a step
 
-  Rows() = default;
   Rows(const Format&, int32_t K, const void* unit, int)
       : rows(static_cast<const char*>(unit)),
         stride(static_cast<size_t>(K / Block::kWeights) * sizeof(Block)) {}
@@ -243,7 +248,6 @@ struct Unpacked {
   const char* at;  // of a step's codes
   float *scales, *minimums;
 
-  Unpacked() = default;
   Unpacked(Source source, int32_t K, char* scratch)
       : codes(scratch),
         scales(reinterpret_cast<float*>(scratch + static_cast<size_t>(K) * kPanelOutputs)),

@@ -1,4 +1,4 @@
-// Rows of inputs rounded to 8 bits, and how few of them meet a unit of codes.
+// Rows of inputs rounded to 8 bits, and how a few at a time meet a unit of codes.
 #pragma once
 
 #include "integer_sources.h"
@@ -90,6 +90,10 @@ struct TileRows {
 template <int kBits>
 constexpr int kBringing = kBits == 2 ? 1 : 2;
 
+// Tiles of two rows lose by the question alone whether there is anything, of 3 bits or without VNNI.
+template <int kBits, int T>
+constexpr bool kBrings = T > (kBits == 3 || VIVACE_LEVEL < 3 ? 2 : 1);
+
 // Asks for one line, beside each of some loads: all at once would wait for each other.
 VIVACE_INLINE void bring_line(const char*& p) {
   if (p == nullptr) return;
@@ -108,16 +112,14 @@ VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, const c
   for (int p = 0; p < P; ++p) {
     Bytes64 raw = load_bytes(at + (v * kPanels + p) * 64);
     __asm__("" : "+v"(raw.v));  // keeps it in a register: loads are scarce
-    if (T > 2 && p % kBringing<kBits> == 0) bring_line(bring);
+    // The vectors of third bits are asked for with the first ones.
+    if (kBrings<kBits, T> && (p % kBringing<kBits> == 0 || (kBits == 3 && v == 0)))
+      bring_line(bring);
     VIVACE_UNROLL
     for (int i = 0; i < kPlaces; ++i) {
       const int j = v + kPlace * i;
-      Bytes64 code = raw;
-      if constexpr (kSums > 1)
-        code = bits_at(raw, 0, kMask << kPlace * i);
-      else if constexpr (kPlaces > 1)
-        code = bits_at(raw, kPlace * i, kMask);
-      if constexpr (kBits == 3) code = or_bit(code, load_bytes(at + (2 * kPanels + p) * 64), j, 2);
+      const Bytes64 code = kSums > 1 ? bits_at(raw, 0, kMask << kPlace * i)
+                                     : code_of<kBits>(raw, at + (kPlace * kPanels + p) * 64, j);
       VIVACE_UNROLL
       for (int r = 0; r < T; ++r) {
         I32x16& sum = sums[p][r][kSums > 1 ? i : 0];
@@ -127,12 +129,13 @@ VIVACE_INLINE void dot_unit(I32x16 (*sums)[T][kSums], const uint8_t* at, const c
   }
 #else
   static_assert(P == 1 && kSums == 1);
-  for (int i = 0; T > 2 && i < kBits; i += kBringing<kBits>) bring_line(bring);
-  dot<T, 8, (1 << kBits) - 1>(&sums[0][0][0], [&](int j) { return code_at<kBits>(at, j); }, input);
+  for (int i = 0; kBrings<kBits, T> && i < kBits; i += kBringing<kBits>) bring_line(bring);
+  dot<T, 8, (1 << kBits) - 1>(
+      reinterpret_cast<I32x16*>(sums), [&](int j) { return code_at<kBits>(at, j); }, input);
 #endif
 }
 
-// Few rows times a unit of codes: what decoding does most, so with as few instructions a byte as
+// A few rows times a unit of codes: what decoding does most, so with as few instructions a byte as
 // can be. Where the registers suffice, codes are multiplied where they lie in their bytes: sums of
 // those in upper bits are multiples of their place, and shifted down at a group's end. kIsUsual:
 // groups of 32 with float16 scales.
@@ -160,7 +163,7 @@ template <int kBits, bool kIsUsual, int T>
     acc[p][r] = step == 0 ? zero() : load(tile.partial + (r * kPanels + p) * kPanelOutputs);
   const char* bring = tile.bring;
   for (; step < tile.to_step; ++group) {
-    if (T > 2) bring_line(bring);
+    if (kBrings<kBits, T>) bring_line(bring);
     const size_t head = is_row && group > 0 ? 0 : layout.codes_at;
     const uint8_t* zeros = (is_row ? first : group_at) + layout.zeros_at;
     const int count =
@@ -208,14 +211,13 @@ template <int kBits, bool kIsUsual, int T>
     const F32x16 scale = is_row ? load_scales(scale_type, first + p * scale_stride) : set1(1.0f);
     VIVACE_UNROLL
     for (int r = 0; r < T; ++r) {
-      F32x16 out = acc[p][r];
-      float* to = tile.partial + (r * kPanels + p) * kPanelOutputs;
-      if (step == num_steps) {
-        out = mul(out, scale);
-        if (tile.bias != nullptr) out = add(out, load(tile.bias + p * kPanelOutputs));
-        to = tile.y + r * tile.ldy + p * kPanelOutputs;
+      if (step < num_steps) {
+        store(tile.partial + (r * kPanels + p) * kPanelOutputs, acc[p][r]);
+        continue;
       }
-      store(to, out);
+      F32x16 out = mul(acc[p][r], scale);
+      if (tile.bias != nullptr) out = add(out, load(tile.bias + p * kPanelOutputs));
+      store(tile.y + r * tile.ldy + p * kPanelOutputs, out);
     }
   }
 }

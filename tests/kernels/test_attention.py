@@ -148,7 +148,7 @@ def expected(
 
 
 def assert_close(out: np.ndarray, wanted: np.ndarray, rows: Rows, kv_store: str, **options) -> None:
-    """Rounding to bfloat16 changes a weight by at most 1/256 of it."""
+    """Rounding to bfloat16, which has 8 significant bits, changes a weight by at most 1/256."""
     bound = RTOL * np.abs(wanted) + ATOL
     if kv_store == "bfloat16":
         sizes = tuple(replace(source, values=np.abs(source.values)) for source in rows.sources)
@@ -296,8 +296,9 @@ def test_log_weights_may_remove_entries() -> None:
 @pytest.mark.parametrize("length", [20, 1300, 2600])  # a tile; chunks merged in order; split
 @pytest.mark.parametrize("bad", [0, 17, -3])
 @pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("kv_store", DTYPES)
 def test_a_key_of_nan_shows_where_it_is_read(
-    isa: str, length: int, bad: int, with_sinks: bool
+    isa: str, length: int, bad: int, with_sinks: bool, kv_store: str
 ) -> None:
     random = np.random.default_rng(length)
     bad %= length
@@ -311,6 +312,7 @@ def test_a_key_of_nan_shows_where_it_is_read(
         "scale": 0.3,
         "threads": 2,
         "isa": isa,
+        "kv_store": kv_store,
         "sinks": normal(random, 2) if with_sinks else None,
         "wants_sums": True,
     }
@@ -323,12 +325,22 @@ def test_a_key_of_nan_shows_where_it_is_read(
     assert out[~sees].tobytes() == whole[~sees].tobytes()
 
 
-def test_an_infinite_score_is_not_zero() -> None:
+@pytest.mark.parametrize("kv_store", DTYPES)
+def test_an_infinite_score_is_not_zero(kv_store: str) -> None:
     random = np.random.default_rng(0)
     keys, values = normal(random, 20, 1, 16), normal(random, 20, 1, 16)
-    keys[3] = np.finfo(np.float32).max
+    keys[3] = ml_dtypes.finfo(DTYPES[kv_store]).max
     rows = Rows(np.ones((1, 1, 16), np.float32), np.array([19]), (Source(keys, values),))
-    assert np.isnan(attend([rows], scale=1.0)[0]).all()
+    assert np.isnan(attend([rows], scale=1.0, kv_store=kv_store)[0]).all()
+
+
+@pytest.mark.parametrize("kv_store", DTYPES)
+def test_more_heads_than_an_item_has_room_for(kv_store: str) -> None:
+    random = np.random.default_rng(0)
+    source = Source(normal(random, 90, 1, 16), normal(random, 90, 1, 16))
+    rows = Rows(normal(random, 3, 50, 16), np.arange(87, 90), (source,))
+    out, _, _ = attend([rows], scale=0.3, kv_store=kv_store)
+    assert_close(out, expected(rows, kv_store, 0.3)[0], rows, kv_store, scale=0.3)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def shapes_of(kernel: str) -> list[tuple[int, int]]:
         unit = BLOCK_BYTES[kernel][0]
         return [(16, unit), (144, 3 * unit)]
     group = Codes.parse(kernel).group_size
-    widths = (1, 333, 33) if group is None else (group, 1024 + group)
+    widths = (1, 1101, 33) if group is None else (group, 1024 + group)
     return list(zip((1, 133, 16), widths, strict=False))
 
 

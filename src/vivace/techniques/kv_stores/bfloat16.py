@@ -16,9 +16,10 @@ class Config:
 
 
 class Bfloat16(PlainStore):
-    """Stores keys and values as bfloat16; attention computes in float32.
+    """Stores keys and values as bfloat16.
 
-    Cost: 2 bytes per element read per token.
+    Attention rounds what they are multiplied with, queries and weights, to bfloat16 too; sums are
+    float32. Cost: 2 bytes per element read per token.
     """
 
     storage = "bfloat16"
