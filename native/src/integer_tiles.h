@@ -90,7 +90,8 @@ struct TileRows {
 template <int kBits>
 constexpr int kBringing = kBits == 2 ? 1 : 2;
 
-// Tiles of two rows lose by the question alone whether there is anything, of 3 bits or without VNNI.
+// Tiles of two rows lose by the question alone whether there is anything, of 3 bits or without
+// VNNI.
 template <int kBits, int T>
 constexpr bool kBrings = T > (kBits == 3 || VIVACE_LEVEL < 3 ? 2 : 1);
 
