@@ -6,8 +6,8 @@ namespace vivace {
 
 namespace {
 
-// Work is cut at least so finely that no item is a larger share of it.
-constexpr int kItemsPerThread = 4;
+// Work is cut so that no item is a larger share of it than one of so many for each thread.
+constexpr int kItemsPerThread = 2;
 
 int64_t num_chunks(const Span& span) {
   int64_t chunks = 0;
