@@ -19,7 +19,9 @@ class Bfloat16(PlainStore):
     """Stores keys and values as bfloat16.
 
     Attention rounds what they are multiplied with, queries and weights, to bfloat16 too; sums are
-    float32. Cost: 2 bytes per element read per token.
+    float32.
+
+    Cost: 2 bytes per element read per token.
     """
 
     storage = "bfloat16"
